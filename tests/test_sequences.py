@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import families
 import forked
 import numpy as np
 import pytest
 import tiny
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from transformers import Llama4TextConfig, LlamaConfig
@@ -19,7 +20,7 @@ from transformers import Llama4TextConfig, LlamaConfig
 from sft.config.load import load_config, with_values
 from sft.data.examples import collate, share
 from sft.errors import ConfigError
-from sft.models import sequences
+from sft.models import attention, sequences
 from sft.plan import network
 from sft.plan.plan import Plan, make_plan
 from sft.runtime import hardware
@@ -96,9 +97,10 @@ REFUSED = ["lfm2", "jamba", "qwen3_next", "bloom", "paligemma"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, 3, 4])
 def test_a_type_computes_what_one_process_does_or_is_refused(tmp_path, size):
-    """Four processes outnumber the groups of queries, which are two."""
+    """Four processes outnumber the groups of queries, which are two; three do not divide the four
+    heads."""
     types = SHARED + REFUSED if size == 2 else SHARED[:5]
     ranks = workers(tmp_path, size, "types", str(size), *types)
     for name, found in ranks[0].items():
@@ -107,6 +109,7 @@ def test_a_type_computes_what_one_process_does_or_is_refused(tmp_path, size):
         if "loss" in found:
             assert abs(found["loss"]) < 1e-9, name
             assert found["gradient"] < 1e-7, name  # norms and rotations are computed in fp32
+    assert all(rank["llama packed"]["sent"] == rank["llama packed"]["planned"] for rank in ranks)
     assert all([*rank] == [*ranks[0]] for rank in ranks)
     refused = {name.split()[0] for name, found in ranks[0].items() if "refused" in found}
     assert refused == set(types) & set(REFUSED)
@@ -161,10 +164,56 @@ def plan_for(folder: Path, architecture: Any, longest: int, size: int, world: in
     return make_plan(config, work, hardware.detect(), world)
 
 
-def test_processes_and_heads_that_do_not_divide_are_refused_with_what_can_be_set(tmp_path):
+@given(
+    groups=st.integers(1, 4),
+    queries=st.integers(1, 3),
+    size=st.integers(2, 9),
+    packed=st.booleans(),
+    sinks=st.booleans(),
+)
+@settings(max_examples=15)
+def test_any_number_of_heads_is_shared_by_any_number_of_processes(
+    groups, queries, size, packed, sinks
+):
+    """One process imitates all of them, as in the proof before training. Sinks are per head."""
+    heads = {"num_attention_heads": groups * queries, "num_key_value_heads": groups}
+    heads |= {"head_dim": 8, "hidden_size": 8 * groups * queries}
+    model = families.tiny_model("gpt_oss" if sinks else "llama", torch.float64, **heads).eval()
+    model.config._experts_implementation = "batched_mm"
+    if sinks:
+        for name, value in model.named_parameters():
+            if name.endswith("sinks"):
+                value.data.uniform_(-1, 1)
+    sequences.SequenceGroup(size, 0).follow(model)
+    assert not packed or attention.keep_documents_apart(model, "fp32", CPU)
+    assert not sequences.find_difference(model, size, "fp64", CPU, packed)
+
+
+@pytest.mark.parametrize(
+    ("size", "heads", "groups", "expected"),
+    [
+        (4, 8, 8, (8, 8)),  # each process has two
+        (4, 8, 2, (8, 4)),  # two processes get the same keys
+        (8, 28, 4, (32, 32)),  # four heads of zeros
+        (3, 4, 2, (6, 6)),
+        (8, 2, 1, (8, 8)),  # six processes have none of their own
+    ],
+)
+def test_heads_that_processes_divide(size, heads, groups, expected):
+    assert sequences.filled_heads(size, heads, groups) == expected
+
+
+def test_the_plan_says_what_heads_that_do_not_divide_cost(tmp_path):
     six = LlamaConfig(num_attention_heads=6, num_key_value_heads=6, **SMALL)
-    with pytest.raises(ConfigError, match="6 heads cannot be divided by 4: set one of 1, 2, 3, 6"):
-        plan_for(tmp_path, six, 9, size=4, world=4)
+    found = plan_for(tmp_path, six, 9, size=4, world=4).warnings
+    assert any("6 heads of attention for 4 processes" in each for each in found), found
+    assert any("2 of 8 are zeros" in each for each in found), found
+    found = plan_for(tmp_path, six, 9, size=3, world=3).warnings
+    assert not any("heads" in each for each in found)
+
+
+def test_processes_that_cannot_be_divided_are_refused(tmp_path):
+    six = LlamaConfig(num_attention_heads=6, num_key_value_heads=6, **SMALL)
     with pytest.raises(ConfigError, match="must be a multiple of 3, found 4: launch so many"):
         plan_for(tmp_path, six, 9, size=3, world=4)
 
@@ -227,20 +276,20 @@ def test_rounding_does_not_hide_a_layer_that_mixes_tokens(is_sharp):
 @pytest.mark.parametrize(("world", "expected"), [(1, 1), (2, 2), (3, 1), (4, 2)])
 def test_what_verify_compares_with_shares_rows_if_its_processes_can(tmp_path, world, expected):
     """The run of one process, with which `make verify-*` compares, was refused."""
-    settings = tiny.config(tmp_path, global_batch=4, context_parallel=2)
+    run = tiny.config(tmp_path, global_batch=4, context_parallel=2)
     launched: list[str] = []
 
     def launch(_: int, __: Path, program: list[str]) -> str:
         launched.append(program[program.index("--config") + 1])
         return "error: not launched"
 
-    Trials(SmallConfig(settings, tmp_path, [9, 5], []), launch).run("trial", world)
+    Trials(SmallConfig(run, tmp_path, [9, 5], []), launch).run("trial", world)
     assert load_config(launched[0]).train.context_parallel == expected
 
 
 @pytest.mark.parametrize("verify", [laws.verify_resume, laws.verify_invariance])
 def test_verify_refuses_processes_that_cannot_share_rows(tmp_path, verify):
     """It would prove a law of another run than the configured one."""
-    settings = tiny.config(tmp_path, context_parallel=2)
+    run = tiny.config(tmp_path, context_parallel=2)
     with pytest.raises(ConfigError, match="must be a multiple of 2, found 3"):
-        verify(settings, 3, Console())
+        verify(run, 3, Console())

@@ -206,8 +206,8 @@ class Train(Section):
     its own file says so.)"""
     context_parallel: Count = 1
     """Processes that share each sequence: each computes a part of its tokens, and a part of the
-    heads of attention (DeepSpeed-Ulysses). It must divide both the number of processes and that of
-    heads. For rows that are too long for one GPU; with every engine."""
+    heads of attention (DeepSpeed-Ulysses). It must divide the number of processes, and should
+    divide that of heads. For rows that are too long for one GPU; with every engine."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """What processes add gradients in. `bf16` exchanges half the bytes and rounds each sum: the
     result then depends on the number of processes. `bf16_pure` has gradients in bf16 anyway.

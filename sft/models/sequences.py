@@ -3,6 +3,8 @@
 Each of them computes a part of the tokens. Around attention, an all-to-all gives it all tokens of a
 part of the heads, and a second one takes the result back to its own tokens (DeepSpeed-Ulysses,
 Jacobs et al. 2023). So attention itself runs as it is, with any kernel, window, mask and documents.
+If the heads cannot be divided, heads of zeros fill them up: a ring (Liu et al. 2023) would leave
+none idle, but needs attention of our own for each kernel, window, sink and soft cap.
 All other layers must compute tokens one by one: a proof compares the logits of a shared sequence
 with those of the whole one, on the model that will train. It needs no other process (`_Rows`).
 
@@ -17,7 +19,7 @@ import math
 import weakref
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -154,16 +156,30 @@ class _Passes:
 _passes = _Passes()
 
 
+class _Heads(NamedTuple):
+    """A part of the heads of attention, which `missing` heads of zeros fill up."""
+
+    number: int
+    part: slice
+    missing: int
+
+    def of(self, value: Any) -> Any:
+        """Returns what this part has of a value for each head, and any other value as it is."""
+        if not isinstance(value, torch.Tensor) or value.shape != (self.number,):
+            return value
+        return nn.functional.pad(value, (0, self.missing))[self.part]
+
+
 class _View:
     """A module whose attention has a part of its heads: of values for each, it has its own."""
 
-    def __init__(self, module: nn.Module, heads: slice, of: int, num_key_value_groups: int | None):
+    def __init__(self, module: nn.Module, heads: _Heads, num_key_value_groups: int | None):
         self._module = module
         if num_key_value_groups is not None:
             self.num_key_value_groups = num_key_value_groups
         for name, value in module._parameters.items():
-            if value is not None and value.shape == (of,):  # such as sinks
-                setattr(self, name, value[heads])
+            if (own := heads.of(value)) is not value:  # such as sinks
+                setattr(self, name, own)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
@@ -183,27 +199,41 @@ def _attend(
     shared = _passes.current
     assert shared is not None
     group, heads, groups = shared.group, query.shape[1], key.shape[1]
-    if heads % group.size:
-        raise ConfigError(refuse_heads(group.size, heads))
+    filled, key_heads = filled_heads(group.size, heads, groups)
     # Where processes outnumber groups of queries, several of them get the same one.
-    repeats = group.size // math.gcd(groups, group.size)
+    repeats = heads // groups if filled > heads else key_heads // groups
     if repeats > 1:
         key, value = (each.repeat_interleave(repeats, 1) for each in (key, value))
+    query, key, value = (_fill(each, filled - heads) for each in (query, key, value))
     if given.get("position_ids") is not None:
         given["position_ids"] = shared.of_one_row
 
     def of_some_heads(part: int, *tensors: torch.Tensor) -> torch.Tensor:
-        own = slice(part * heads // group.size, (part + 1) * heads // group.size)
-        view = _View(module, own, heads, heads // (groups * repeats) if repeats > 1 else None)
+        per = filled // group.size
+        own = _Heads(heads, slice(part * per, (part + 1) * per), filled - heads)
+        view = _View(module, own, filled // key_heads if repeats > 1 else None)
         mask = None if attention_mask is None else attention_mask[: len(tensors[0])]
-        each = {k: v[own] if _is_per_head(v, heads) else v for k, v in given.items()}
+        each = {name: own.of(value) for name, value in given.items()}
         return compute(view, *tensors, mask, **each)[0].transpose(1, 2)
 
-    return group.attend(of_some_heads, query, key, value).transpose(1, 2).contiguous(), None
+    attended = group.attend(of_some_heads, query, key, value)[:, :heads]
+    return attended.transpose(1, 2).contiguous(), None
 
 
-def _is_per_head(value: Any, heads: int) -> bool:
-    return isinstance(value, torch.Tensor) and value.shape == (heads,)
+def filled_heads(size: int, heads: int, groups: int) -> tuple[int, int]:
+    """Returns the heads of queries, and of keys and values, that `size` processes divide.
+
+    `groups`: of queries that have the same keys. Each process has a whole number of both.
+    """
+    if heads % size:
+        filled = size * math.ceil(heads / size)
+        return filled, filled
+    return heads, math.lcm(groups, size)
+
+
+def _fill(tensor: torch.Tensor, missing: int) -> torch.Tensor:
+    """Returns (rows, heads, time, features) with `missing` heads of zeros."""
+    return nn.functional.pad(tensor, (0, 0, 0, 0, 0, missing)) if missing else tensor
 
 
 def most_tokens(architecture: Any) -> float:
@@ -225,15 +255,6 @@ def most_tokens(architecture: Any) -> float:
     if getattr(text, "attn_temperature_tuning", False):
         limits.append(text.floor_scale - 1)
     return min(limits, default=math.inf)
-
-
-def refuse_heads(size: int, heads: int) -> str:
-    """Returns the message for heads that cannot be divided."""
-    fitting = [n for n in range(1, heads + 1) if heads % n == 0]
-    return (
-        f"train.context_parallel: processes that share a sequence divide its attention heads, and "
-        f"{heads} heads cannot be divided by {size}: set one of {', '.join(map(str, fitting))}"
-    )
 
 
 @cache

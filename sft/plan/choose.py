@@ -15,6 +15,7 @@ from sft.data import batches
 from sft.errors import ConfigError, ModelError
 from sft.models import attention, checkpointing
 from sft.models.dtypes import DTYPES
+from sft.models.sequences import filled_heads
 from sft.plan import network, sharding, speed
 from sft.plan.counts import Counts
 from sft.plan.dry_run import Window
@@ -423,7 +424,9 @@ class Planner:
 
     @cached_property
     def _attention_flops(self) -> float:
-        return speed.attention_flops(self.info.sizes, self.workload.lengths)
+        found = speed.attention_flops(self.info.sizes, self.workload.lengths)
+        heads = getattr(self.info.sizes, "num_attention_heads", None) or 1
+        return found * filled_heads(self.config.train.context_parallel, heads, heads)[0] / heads
 
     def choose_compile(self, counts: Counts, tokens: int) -> tuple[bool, str]:
         """Returns whether layers are compiled for a run of `tokens`, and why.

@@ -9,11 +9,11 @@ are not counted. Processes that share rows exchange tokens for heads in each pas
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from sft.config.schema import RunConfig
+from sft.models.sequences import filled_heads
 from sft.plan import sharding
 from sft.plan.counts import count_parameters
 from sft.plan.sharding import Group
@@ -40,15 +40,17 @@ class Traffic:
 def exchanged_bytes(sizes: Any, size: int, itemsize: int, tokens: int, passes: int) -> int:
     """Returns what a process sends around attention, if `size` processes share each row.
 
-    It has `tokens`. In each pass, queries, keys, values and results are exchanged; heads of keys
-    and values are repeated until each process has one. `sizes`: as in transformers' configurations.
+    It has `tokens`. In each pass, queries, keys, values and results are exchanged, of as many heads
+    as so many processes can divide. `sizes`: as in transformers' configurations.
     """
     heads = getattr(sizes, "num_attention_heads", None)
     if size == 1 or not heads:
         return 0
     features = getattr(sizes, "head_dim", None) or sizes.hidden_size // heads
-    groups = math.lcm(getattr(sizes, "num_key_value_heads", None) or heads, size)
-    each = 2 * (heads + groups) * features * itemsize * sizes.num_hidden_layers
+    groups = getattr(sizes, "num_key_value_heads", None) or heads
+    each = (
+        2 * sum(filled_heads(size, heads, groups)) * features * itemsize * sizes.num_hidden_layers
+    )
     return each * tokens * passes * (size - 1) // size
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from sft.config.schema import KeepWhole, RunConfig, Train
 from sft.data import batches
 from sft.errors import ConfigError
-from sft.models.sequences import refuse_heads
+from sft.models.sequences import filled_heads
 from sft.plan.choose import Planner, Rung, resolve_layout
 from sft.plan.counts import count_parameters
 from sft.plan.memory import Memory
@@ -190,7 +190,8 @@ def make_plan(
         reasons={f"train.{key}": why for key, why in autos.items()},
         is_question=is_question,
     )
-    return replace(plan, warnings=_warnings(plan, config.train))
+    heads = getattr(info.sizes, "num_attention_heads", None)
+    return replace(plan, warnings=_warnings(plan, config.train, heads))
 
 
 def refuse_processes(config: RunConfig, world_size: int) -> None:
@@ -210,9 +211,6 @@ def _refuse_sharing(config: RunConfig, workload: Workload, world_size: int) -> N
         return
     refuse_processes(config, world_size)
     info = task_of(config).info(config)
-    heads = getattr(info.sizes, "num_attention_heads", None)
-    if heads and heads % size:
-        raise ConfigError(refuse_heads(size, heads))
     parts = (part.lengths for part in (workload, workload.held_out) if part)
     longest, most = max(max(each, default=0) for each in parts), info.most_shared_tokens
     if longest > most:
@@ -236,8 +234,14 @@ def predict_disk(config: RunConfig, num_examples: int) -> Need:
     return replace(written, merged=2 * base + info.vocabulary * TOKENIZER_BYTES)
 
 
-def _warnings(plan: Plan, train: Train) -> list[str]:
+def _warnings(plan: Plan, train: Train, heads: int | None) -> list[str]:
     result = []
+    if heads and (idle := filled_heads(train.context_parallel, heads, heads)[0] - heads):
+        result.append(
+            f"train.context_parallel: {heads} heads of attention for {train.context_parallel} "
+            f"processes: {idle} of {heads + idle} are zeros, which take time and memory; a divisor "
+            f"of {heads} needs none"
+        )
     if plan.missing_bytes:
         result.append(
             f"one micro-batch takes {size(plan.memory.reserved + plan.context_bytes)} of the "

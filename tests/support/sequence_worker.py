@@ -28,6 +28,7 @@ from sft.errors import ConfigError, UserError
 from sft.models import attention, checkpointing
 from sft.models.fake import set_attributes
 from sft.models.sequences import SequenceGroup, find_difference
+from sft.plan import network
 from sft.runtime import processes
 
 CPU = torch.device("cpu")
@@ -78,14 +79,19 @@ def compare(model_type: str, layout: Any, group: SequenceGroup) -> dict[str, Any
     gradients = gradient(model)
     own = share(whole, group.rank, group.size, 0)
     group.share(own.position_ids, own.whole_positions)
-    part = loss(model, own, layout)
-    part.backward()
+    with counted_exchange() as sent:
+        part = loss(model, own, layout)
+        part.backward()
     found = torch.cat([part.detach().view(1), gradient(model)])
     distributed.all_reduce(found)
     error = (found[1:] - gradients).norm() / gradients.norm()
     return {
         "loss": float((found[0] - expected.detach()) / expected.detach()),
         "gradient": float(error),
+        "sent": sum(sent),
+        "planned": network.exchanged_bytes(
+            model.config, group.size, 8, own.input_ids.numel(), passes=2
+        ),
     }
 
 
