@@ -21,6 +21,7 @@ from rich.text import Text
 from sft.config.load import with_values
 from sft.config.schema import RunConfig
 from sft.errors import UserError
+from sft.models.sequences import SequenceGroup
 from sft.plan import coverage, plan
 from sft.runtime import hardware, processes
 from sft.runtime.console import make_console, size, table
@@ -169,6 +170,13 @@ def trial(config: RunConfig) -> Iterator[Finding]:
         share = f"{planned.num_trained:,} of {planned.num_parameters:,} parameters are trained"
         described = dict(task.describe(config))
         yield Finding(True, f"model: {described.get('model', config.task)}, {share}")
+        if (shared_by := config.train.context_parallel) > 1:
+            plan.refuse_sharing(config, task_of(config).workload(config), shared_by)
+            group = SequenceGroup.of(accelerator, shared_by)
+            group.follow(task.model)
+            task.prove_sharing(group, planned.precision)
+            what = f"{shared_by} processes that share a row compute what one would"
+            yield Finding(True, f"train.context_parallel: {what}")
         trainer = engine.Engine(task, task.config.train, task.context)
         with compiled(trainer, required=True) as of_compiler:  # `auto` does not: two steps
             values = trainer.optimizer_step()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+
+import families
 import pytest
 from conftest import ROOT
 
@@ -134,6 +137,29 @@ def test_distillation_is_tried_before_it_is_trained(tmp_path, monkeypatch):
     *_, last = checked().values()
     assert not last.ok
     assert "set distill.data_dir" in last.what
+
+
+@pytest.mark.slow
+def test_processes_that_cannot_share_rows_are_found_before_a_launch(tmp_path):
+    """The proof needs no other process: nano passes, a model with convolutions does not."""
+    given = [f"train.output_dir={tmp_path}/run", "train.precision=fp32"]
+    given += ["evaluation.num_examples=0"]
+
+    def checked(*overrides: str) -> list[check.Finding]:
+        file = ROOT / "configs/nano.yaml"
+        return list(check._findings(str(file), [*given, *overrides]))
+
+    found = checked("train.context_parallel=2")
+    assert all(finding.ok for finding in found), found
+    proof = "train.context_parallel: 2 processes that share a row compute what one would"
+    assert proof in [finding.what for finding in found]
+
+    families.tiny_model("lfm2").save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(ROOT / "nano/model" / name, tmp_path)
+    *_, last = checked("train.context_parallel=2", f"model.name={tmp_path}")
+    assert not last.ok
+    assert "processes cannot share sequences of this model" in last.what
 
 
 def test_one_agent_alone_is_not_trained(tmp_path):

@@ -119,7 +119,7 @@ def make_plan(
 
     Raises ConfigError for a global batch that so many processes cannot make.
     """
-    _refuse_sharing(config, workload, world_size)
+    refuse_sharing(config, workload, world_size)
     precision, why_precision = resolve_precision(config.train, machine.devices)
     layout, why_layout = resolve_layout(config, precision, bool(machine.devices))
     planner = Planner(config, workload, machine, world_size, precision, layout)
@@ -204,7 +204,7 @@ def refuse_processes(config: RunConfig, world_size: int) -> None:
         )
 
 
-def _refuse_sharing(config: RunConfig, workload: Workload, world_size: int) -> None:
+def refuse_sharing(config: RunConfig, workload: Workload, world_size: int) -> None:
     """Raises ConfigError if so many processes cannot share these sequences as `config` says."""
     size = config.train.context_parallel
     if size == 1:

@@ -40,6 +40,7 @@ from sft.data import batches
 from sft.errors import ConfigError, VerificationError
 from sft.evaluate import answers
 from sft.models.export import load_weights, read_weights
+from sft.models.sequences import SequenceGroup
 from sft.models.weights import Weights
 from sft.runtime.console import Advance, metrics_line, write_json
 from sft.runtime.processes import BetweenCollectives, Context
@@ -323,6 +324,12 @@ class Task(ABC):
         self.config, self.prepared, self.model = config, prepared, model
         self.budget, self.context = budget, context
         self.accelerator, self.log, self.guard = context.accelerator, context.log, context.guard
+
+    def prove_sharing(self, group: SequenceGroup, precision: str) -> None:
+        """Raises ConfigError unless processes that share a row compute what one process would.
+
+        Needs no other process. `group` follows the model.
+        """
 
     def identity(self) -> dict[str, str]:
         return self.identity_of(self.config, self.prepared)

@@ -33,7 +33,7 @@ from sft.models import attention, classes, digests, eva, export, layers, load, p
 from sft.models.cut import CannotCut, Cutting
 from sft.models.groups import freeze_groups
 from sft.models.reach import freeze_untrained
-from sft.models.sequences import find_difference, most_tokens
+from sft.models.sequences import SequenceGroup, find_difference, most_tokens
 from sft.models.sizes import read_sizes
 from sft.models.weights import Weights
 from sft.runtime.console import write_json
@@ -351,9 +351,11 @@ class FineTune(Passes):
             )
         self.prove_head(precision)
         self._choose_layout(precision, layout, device)
-        if (group := self.sequences) is None:
-            return
-        packed = self.budget.layout == "packed"
+        if self.sequences:
+            self.prove_sharing(self.sequences, precision)
+
+    def prove_sharing(self, group: SequenceGroup, precision: str) -> None:
+        device, packed = self.accelerator.device, self.budget.layout == "packed"
         reason = find_difference(self.model, group.size, precision, device, packed)
         if exact := shrink.narrow_copy(self.config):  # where no rounding can hide a difference
             group.follow(exact)
