@@ -50,7 +50,9 @@ def test_a_weight_that_is_also_read_otherwise_is_not_rounded(tmp_path):
     assert "model.layers.0.mlp.up_proj.weight" in found.others
     assert "model.layers.1.mlp.up_proj.weight" in found.rounded
     second.register_forward_pre_hook(lambda m, x: (x[0].to(m.up_proj.weight.dtype) * 1.1,))
-    assert find_casts(model, torch.bfloat16, "cpu").rounded == frozenset()
+    found = find_casts(model, torch.bfloat16, "cpu")
+    assert found.rounded == frozenset()
+    assert found.problem == "its code depends on the dtype of weights"
 
 
 def test_adapters_and_4_bits_stay_as_they_are(tmp_path):
@@ -59,7 +61,9 @@ def test_adapters_and_4_bits_stay_as_they_are(tmp_path):
 
 
 def test_a_model_that_does_not_run_on_text_stays_as_it_is():
-    assert find_casts(nn.Linear(2, 2), torch.bfloat16, "cpu") == Casts()
+    found = find_casts(nn.Linear(2, 2), torch.bfloat16, "cpu")
+    assert found == Casts(problem=found.problem)
+    assert "cannot be traced (TypeError" in found.problem
 
 
 def test_a_plan_counts_them_in_few_layers(tmp_path):
@@ -162,6 +166,11 @@ def test_rounded_weights_give_the_same_bits(tmp_path):
         assert rounded["rounded"] > stored["rounded"] == 0
         assert rounded["exchanged"] < stored["exchanged"]
         assert rounded["collectives"] == stored["collectives"]
+        assert not any("FSDP2" in line for line in rounded["said"])
+    assert (
+        "FSDP2 gathers all fp32 weights (489 KiB) without rounding them, since a test says so. A "
+        "model whose weights are all rounded exchanges 245 KiB in each pass"
+    ) in found["plain stored"]["said"]
 
 
 @pytest.mark.slow

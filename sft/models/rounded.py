@@ -31,13 +31,15 @@ class Casts(NamedTuple):
 
     rounded: frozenset[str] = NONE  # those of which nothing else is read
     others: frozenset[str] = NONE  # those that are also read in fp32
+    problem: str = ""  # why this could not be found
 
 
 def find_casts(model: nn.Module, dtype: torch.dtype, device: str) -> Casts:
     """Returns the fp32 weights of `model` that autocast casts to `dtype`.
 
     `device`: the type of the device on which it runs; `model` may have no storage. Finds none if it
-    does not run on fake tensors, or is in 4 bits: then only small adapters have fp32.
+    is in 4 bits: then only small adapters have fp32. If it does not run on fake tensors, or its
+    code reads the dtype of weights, the result has a `problem`.
     """
     wide = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
     if not wide or not all(p.is_floating_point() for p in model.parameters()):
@@ -46,11 +48,13 @@ def find_casts(model: nn.Module, dtype: torch.dtype, device: str) -> Casts:
         whole = _run(model, NONE, dtype, device)
         found = frozenset(wide & whole.cast - whole.read)
         rounded = _run(model, found, dtype, device) if found else whole
-    except Exception:  # noqa: BLE001  # a model may fail in any way; then weights stay as they are
-        return Casts()
+    except Exception as error:  # noqa: BLE001  # a model may fail in any way
+        text = " ".join(str(error).split())[:120]
+        return Casts(problem=f"it cannot be traced ({type(error).__name__}: {text})")
+    problem = ""
     if rounded.operations(found) != whole.operations(found):
-        found = NONE
-    return Casts(found, frozenset(wide & whole.cast - found))
+        found, problem = NONE, "its code depends on the dtype of weights"
+    return Casts(found, frozenset(wide & whole.cast - found), problem)
 
 
 def _run(model: nn.Module, rounded: frozenset[str], dtype: torch.dtype, device: str) -> _Reads:

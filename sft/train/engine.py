@@ -66,6 +66,8 @@ class Engine:
         self.keeper = Keeper(*shared, need, task.held_out_sha256)
         task.model.train()
         self.parallel = share_model(task.model, train, context.accelerator)
+        if self.parallel.remark:
+            self.log.say(self.parallel.remark)
         self.model, self.optimizer = self.parallel.model, self.parallel.optimizer
 
     # -- one step

@@ -67,6 +67,8 @@ class Replicated:
     _is_last = False
     num_updates = 0
     """The number of updates that the optimizer has made."""
+    remark = ""
+    """What the log should say about how the model is shared."""
     loss_scale = 1.0
     """The power of two that backward passes multiply gradients by (`train/loss_scale`)."""
 

@@ -15,6 +15,7 @@ from sft.models.dtypes import DTYPES
 from sft.models.layers import repeated_layers
 from sft.models.rounded import Casts, find_casts
 from sft.runtime.checkpoint import OptimizerShard
+from sft.runtime.console import size
 from sft.runtime.hardware import resolve_precision
 from sft.runtime.processes import processes_here, shards_within
 from sft.train.optimizer import build_optimizer
@@ -55,6 +56,8 @@ class Sharded(Split):
                 module.quant_state = state
         pieces = {n: p.piece for n, p in self.module.named_parameters() if hasattr(p, "piece")}
         found = find_casts(self.module, dtype, device) if dtype != torch.float32 else Casts()
+        if found.problem:
+            self.remark = _remark(self.module, found.problem)
         on_gpu = device != "cpu"
         offload = CPUOffloadPolicy(pin_memory=on_gpu) if train.offload else OffloadPolicy()
         exchange = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if self._rounds else None)
@@ -121,6 +124,15 @@ class Sharded(Split):
 
     def _cut(self, value: torch.Tensor, place: Place) -> torch.Tensor:
         return _local_slice(value)[0]
+
+
+def _remark(model: nn.Module, problem: str) -> str:
+    """Returns what it costs to gather all weights as they are stored."""
+    wide = sum(p.nbytes for p in model.parameters() if p.dtype == torch.float32)
+    return (
+        f"FSDP2 gathers all fp32 weights ({size(wide)}) without rounding them, since {problem}. A "
+        f"model whose weights are all rounded exchanges {size(wide / 2)} in each pass"
+    )
 
 
 def rows_of(shape: torch.Size, rank: int, world: int) -> tuple[int, int]:
