@@ -94,6 +94,17 @@ def test_fsdp2_keeps_whole_what_it_is_told(phase, keeps, gradients, gathered):
     assert (found["gradients"], found.get("communication", 0)) == (gradients, gathered)
 
 
+@pytest.mark.parametrize(
+    ("phase", "keeps", "on_gpu"),
+    [("backward", False, 0), ("backward", "gradients", 3200), ("update", "gradients", 0)],
+)
+def test_offloading_leaves_gradients_on_the_gpu_while_they_are_whole(phase, keeps, on_gpu):
+    group = sharding.Group(4, "fsdp", True)
+    found = on_rank(phase, group, on_gpu=True, offload=True, keep_whole=keeps)
+    assert found.get("gradients", 0) == on_gpu
+    assert not {"weights", "optimizer"} & set(found)
+
+
 def test_fsdp2_within_groups_has_larger_shards():
     group = sharding.Group(4, "fsdp", True, within=2)
     found = on_rank("backward", group)

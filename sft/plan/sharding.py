@@ -77,7 +77,10 @@ def parts_on_rank(
         parts = parts | {"communication": width * count_parameters(config).trained}
     hosted: tuple[str, ...] = ()
     if on_gpu and config.train.offload:
-        hosted = ("weights", "adapters", "gradients", "optimizer")
+        hosted = ("weights", "adapters", "optimizer")
+        share = config.train.trained_bytes * count_parameters(config).trained / group.num_shards
+        if parts.get("gradients", 0) <= math.ceil(share):  # else they are whole, until summed
+            hosted = (*hosted, "gradients")
     elif on_gpu and group.offloads:
         hosted = ("gradients", "optimizer")
     elif on_gpu and config.train.optimizer.startswith("paged"):  # moves there if memory is short
