@@ -211,7 +211,10 @@ def start_bytes(whole: int, config: RunConfig, splits: bool, group: Group) -> in
     counted, is_full = count_parameters(config), task_of(config).info(config).mode == "full"
     width = config.train.trained_bytes if is_full else 2  # as it is read, before it is quantised
     in_layers = counted.parameters - counted.outside
-    return math.ceil(whole / group.num_shards) + width * in_layers // max(1, counted.layers)
+    own, layer = math.ceil(whole / group.num_shards), width * in_layers // max(1, counted.layers)
+    if group.engine == "deepspeed":  # makes fp32 copies and room for gradients of what is trained
+        own += 2 * math.ceil(4 * counted.trained / group.num_shards)
+    return own + layer
 
 
 def stays_gathered(config: RunConfig, group: Group) -> bool:
