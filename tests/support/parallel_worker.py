@@ -32,7 +32,8 @@ def make(case: dict[str, Any], folder: Path) -> engine.Engine:
     config = load_config("configs/nano.yaml", [*case["overrides"], f"train.output_dir={folder}"])
     prepared = cache.prepare(config)
     accelerator = processes.start_processes(config.train)
-    budget = batches.Budget(case["max_tokens"], "padded")
+    shared_by = config.train.context_parallel
+    budget = batches.Budget(case["max_tokens"], "padded", shared_by=shared_by)
     context = Context(accelerator)
     precision = resolve_precision(config.train)[0]
     task = task_of(config).build(config, prepared, precision, budget, context)
