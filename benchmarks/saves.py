@@ -3,10 +3,12 @@
     python benchmarks/saves.py [--worlds 2 4] [--mib 400] [--out benchmarks/results/saves.json]
 
 A Llama of random weights is trained for two steps by each engine that splits it. Then a checkpoint
-is saved and read back. `peak` is private memory (RssAnon of /proc/self/status, every 2 ms) beyond
-that before the save or the resume, the most of all ranks: 0 is a save that needs nothing. `model`
-is the bytes of the whole model, `state` those of a rank's part of the optimizer's state, `layer`
-those of the largest layer; all are fp32. `step` is the time of the second step.
+is saved and read back. In between it is saved with `train.checkpoint_async`: a step waits for
+`copy`, and `write` is the time from then until it is committed. `peak` is private memory (RssAnon
+of /proc/self/status, every 2 ms) beyond that before the save or the resume, the most of all ranks:
+0 is a save that needs nothing. `model` is the bytes of the whole model, `state` those of a rank's
+part of the optimizer's state, `layer` those of the largest layer; all are fp32. `step` is the time
+of the second step.
 """
 
 from __future__ import annotations
@@ -65,7 +67,19 @@ def rank(model: str, engine: str, out: Path) -> None:
     shards = made.parallel.optimizer_shards()
     found["state_bytes"] = sum(t.nbytes for s in shards for t in s.state.values())
     folders: list[Path] = []
-    actions = {"save": lambda: folders.append(made.save()), "resume": lambda: made.read(folders[0])}
+    keeper = made.keeper
+
+    def copy() -> None:
+        keeper.train = made.train.model_copy(update={"checkpoint_async": True})
+        keeper.saved = None  # as if this step were not saved yet
+        keeper.try_to_save(made.step, made._write)
+
+    actions = {
+        "save": lambda: folders.append(made.save()),
+        "copy": copy,
+        "write": keeper.settle,
+        "resume": lambda: made.read(folders[0]),
+    }
     for name, action in actions.items():
         made.accelerator.wait_for_everyone()
         with Peak() as memory:
@@ -100,6 +114,8 @@ def line(row: dict[str, Any]) -> str:
         f"{row['processes']} {row['engine']:6}  model {mib['model_bytes']:5,.0f} MiB  state "
         f"{mib['state_bytes']:4,.0f}  layer {mib['layer_bytes']:3,.0f}  "
         f"save {row['save_seconds']:4.1f} s, peak {mib['save_peak_bytes']:5,.0f} MiB  "
+        f"copy {row['copy_seconds']:4.1f} s, peak {mib['copy_peak_bytes']:5,.0f} MiB  "
+        f"write {row['write_seconds']:4.1f} s  "
         f"resume {row['resume_seconds']:4.1f} s, peak {mib['resume_peak_bytes']:5,.0f} MiB  "
         f"step {row['step_seconds']:.1f} s"
     )

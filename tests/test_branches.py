@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from typing import Any, ClassVar
 
 import pytest
 import tiny
+import torch
 from accelerate import Accelerator
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -32,6 +34,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from safetensors.torch import load_file
 
 from sft.config.schema import Train
 from sft.data import batches
@@ -42,11 +45,13 @@ from sft.runtime.attempt import Lock, Status
 from sft.runtime.checkpoint import fault
 from sft.runtime.log import Log
 from sft.runtime.run_folder import ABANDONED, newest_first, step_of
+from sft.runtime.tensor_file import TensorFile, write_tensors
 from sft.train.checkpoints import Best, Keeper, changed_settings, read_state, write_state
 
 STEPS = 9
 SAVE_STEPS, EVAL_STEPS = 2, 3
 KILLED = 9
+TENSORS = "rates.safetensors"
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree", "open"}
 History = list[float]  # the learning rate of each step
 
@@ -72,8 +77,13 @@ def die_before(folder: Path, changes: int) -> None:
     sys.addaudithook(watch)
 
 
-def attempt(folder: Path, resume: str | None, rate: float, until: int) -> None:
-    """Trains to step `until`: a loop like that of the engine, without a model."""
+def attempt(
+    folder: Path, resume: str | None, rate: float, until: int, *, behind: bool = False
+) -> None:
+    """Trains to step `until`: a loop like that of the engine, without a model.
+
+    `behind`: checkpoints are written by a thread, and have a file of tensors.
+    """
     train = tiny.config(
         folder,
         learning_rate=rate,
@@ -82,6 +92,7 @@ def attempt(folder: Path, resume: str | None, rate: float, until: int) -> None:
         eval_steps=EVAL_STEPS,
         save_best="loss",
         save_total_limit=3,
+        checkpoint_async=behind,
     ).train
     status = Status(folder)
     guard: Any = SimpleNamespace(status=status, lock=Lock(folder))
@@ -94,19 +105,24 @@ def attempt(folder: Path, resume: str | None, rate: float, until: int) -> None:
         keeper.continue_from(found, state, any(changed_settings(state, train, 1)))
     log.open_metrics(len(history))
 
-    def write(staging: Path, best: Best | None = None) -> None:
+    def write(staging: Path, best: Best | None = None, later: bool = False) -> list[TensorFile]:
         (staging / "history.json").write_text(json.dumps(history))
         counts = {"step": len(history), "evaluated": 0, "num_skipped": 0, "optimizer_updates": 0}
         write_state(staging, counts | {"world_size": 1}, train, {}, best)
+        tensors = {"rates": torch.tensor(history)}
+        return [write_tensors(staging / TENSORS, tensors, {}, later)] if behind else []
 
     while len(history) < until:
         history.append(rate)
         step, best = len(history), None
         log.log(step, {"train/loss": value_of(history)})
+        keeper.agree(keeper.is_writing)
+        keeper.settle(wait=step % EVAL_STEPS == 0)
         if step % EVAL_STEPS == 0:
             best = keeper.find_better(step, {"loss": value_of(history)})
         if best or step % SAVE_STEPS == 0:
-            keeper.save(step, write, best)
+            (keeper.try_to_save if behind else keeper.save)(step, write, best)
+    keeper.settle()
     if until == STEPS:
         final = folder / run_folder.FINAL
         checkpoint.commit(final, write, keeper.accelerator, 0, keeper.lineage())
@@ -114,6 +130,9 @@ def attempt(folder: Path, resume: str | None, rate: float, until: int) -> None:
     else:
         keeper.save(until, write)
         status.end("preempted", 75, None, 0, until)
+
+
+attempt_behind = partial(attempt, behind=True)
 
 
 def attempt_of_engine(folder: Path, resume: str | None, rate: float, until: int) -> None:
@@ -141,9 +160,9 @@ def attempt_of_engine(folder: Path, resume: str | None, rate: float, until: int)
             built.guard.agree(stop=1, save=0)
         return real_step()
 
-    def save(staging: Path, weights: Any) -> None:
+    def save(staging: Path, weights: Any) -> list[TensorFile]:
         (staging / "history.json").write_text(json.dumps(history))
-        real_save(staging, weights)
+        return real_save(staging, weights)
 
     def log(step: int, values: dict[str, float]) -> None:
         if "train/loss" in values:  # the real one is known to be exact if the weights are
@@ -447,6 +466,30 @@ def test_killed_before_each_change_a_branch_is_the_old_lineage_or_the_new_one(tm
             break
     assert is_done
     assert seen == {6, 7, STEPS}
+
+
+@pytest.mark.slow
+def test_killed_before_each_change_while_a_thread_writes_a_checkpoint(tmp_path, thorough):
+    """It costs that checkpoint; `make test` has every third change."""
+    original, whole = tmp_path / "original", [1.0] * 7
+    run_attempt(original, None, 1.0, 4, 0, attempt_behind)
+    seen = set()
+    for changes in range(1, 200, 1 if thorough else 3):
+        folder = Path(shutil.copytree(original, tmp_path / "run"))
+        run_attempt(folder, "auto", 1.0, 7, changes, attempt_behind)
+        tip = lineage(folder)
+        is_done = tip == whole and Status(folder).read()["state"] == "preempted"
+        seen.add(len(tip))
+        run_attempt(folder, "auto", 1.0, 7, 0, attempt_behind)
+        assert lineage(folder) == whole
+        assert not (folder / checkpoint.SCRATCH).exists()
+        for each in newest_first(folder):
+            assert load_file(each / TENSORS)["rates"].tolist() == history_of(each)
+        shutil.rmtree(folder)
+        if is_done:
+            break
+    assert is_done
+    assert seen == {4, 6, 7}
 
 
 @pytest.mark.thorough("the same of a run with checkpoints, killed before each change")

@@ -246,6 +246,7 @@ BREAKS = [  # for each rule, in order: overrides that break it, and one more tha
     (["data.cache_dir=outputs/x/cache"], "train.output_dir=outputs/y"),
     (["data.train_path=[a.jsonl, nano]", "train.output_dir=nano/x/y"], "train.output_dir=outputs"),
     (["train.save_best=loss"], "train.eval_steps=10"),
+    (["train.checkpoint_async=true"], "train.save_steps=10"),
     (["train.max_shard_size=5Gb"], "train.max_shard_size=5GB"),
     (["train.engine=deepspeed"], "train.deepspeed_config=z2.json"),
     ([*DEEPSPEED, "train.precision=bf16_pure"], "train.precision=bf16"),

@@ -46,6 +46,8 @@ def case(mode: str, engine: str, world: int, resume: str = "", **given: Any) -> 
     overrides += [f"train.max_steps={STEPS}", "train.learning_rate=1e-3", *ENGINES[engine]]
     tokens = 128 if mode == "lora" else 200  # one or two examples in a micro-batch
     overrides += ["train.precision=fp32"]
+    if mode == "lora":  # the other modes wait for their checkpoints
+        overrides += ["train.checkpoint_async=true", "train.save_steps=1"]
     more = {"max_tokens": tokens, "steps": STEPS, "save_at": [MIDDLE], "prove": False}
     return {"name": name, "overrides": overrides, "resume": resume} | more | given
 

@@ -60,6 +60,35 @@ def machine(ram_bytes: int, gpu_bytes: int | None = None) -> hardware.Hardware:
     )
 
 
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_host_memory_that_cannot_hold_the_copy_of_a_checkpoint_is_reported(
+    config, prepared, on_gpu
+):
+    full = with_values(config, {"tuning.mode": "full", "train.save_steps": 10})
+    behind = with_values(full, {"train.checkpoint_async": True})
+
+    def made(config: Config, ram_bytes: int) -> plan.Plan:
+        gpu = 80 * GIB if on_gpu else None
+        return plan.make_plan(config, sizes(prepared), machine(ram_bytes, gpu), 1)
+
+    much, without = made(behind, 8 * GIB), made(full, 8 * GIB)
+    assert (much.warnings, without.host) == (without.warnings, {})
+    assert much.host[memory.COPIES] == pytest.approx(
+        much.disk.checkpoint, rel=0.05
+    )  # it has a tokenizer
+    assert "per process: copies of a checkpoint" in report._host(much)
+    used = 0 if on_gpu else without.memory.reserved
+    little = int((used + 0.5 * much.host[memory.COPIES]) / (1 - choose.MARGIN["cpu"]))
+    fixed = {"train.max_tokens": without.budget.max_tokens, "train.gradient_checkpointing": False}
+    tight = made(with_values(behind, fixed), little)
+    (warning,) = (text for text in tight.warnings if "expect to run out of" in text)
+    assert warning.endswith(
+        f"; train.checkpoint_async=false takes {console.size(tight.host[memory.COPIES])} less"
+    )
+    assert "does not fit" in tight.verdict
+    assert "fits: " in made(with_values(full, fixed), little).verdict
+
+
 @pytest.mark.thorough("layers that are compiled when it is asked for, in test_compiled.py")
 def test_layers_are_compiled_where_a_run_on_a_cpu_takes_hours(config, prepared, monkeypatch):
     """It does not depend on memory, so a resumed run does the same."""

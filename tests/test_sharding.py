@@ -268,3 +268,27 @@ def test_other_engines_compute_and_exchange_on_one_pool(group):
 )
 def test_a_rank_starts_with_its_elements_and_a_layer(engine, splits, most):
     assert sharding.start_bytes(4000, CONFIG, splits, engine) == most
+
+
+COPIES = [  # (group, processes on a machine, mode): bytes of weights 3200, of state 6400
+    (sharding.Group(1), 1, "full", 9600),
+    (sharding.Group(4), 4, "full", 9600 / 4),  # the main process copies all
+    (sharding.Group(4), 2, "full", 9600 / 2),
+    (sharding.Group(4, "fsdp"), 2, "full", 9600 / 4),  # each its part, on any machine
+    (sharding.Group(4, "fsdp"), 2, "lora", 6400 / 4 + 3200 / 2),  # the main process has adapters
+    (sharding.Group(4, "fsdp", within=2), 2, "full", 6400 / 2 + 3200 / 4),  # state: one group
+    (sharding.Group(4, "fsdp", within=2), 4, "full", 6400 / 4 + 3200 / 4),
+    (sharding.Group(4, "deepspeed", zero={"stage": 2}), 2, "full", 6400 / 4 + 3200 / 2),
+    (sharding.Group(4, "deepspeed", zero={"stage": 3}), 2, "full", 9600 / 4),
+]
+
+
+@pytest.mark.parametrize(("group", "here", "mode", "expected"), COPIES)
+def test_copies_of_a_checkpoint_are_on_the_machines_of_those_that_save_it(
+    model, monkeypatch, group, here, mode, expected
+):
+    model.mode = mode
+    monkeypatch.setattr(sharding, "saved_state_bytes", lambda *_: 6400)
+    for behind in (True, False):
+        config = SimpleNamespace(train=SimpleNamespace(**TRAIN | {"checkpoint_async": behind}))
+        assert sharding.copy_bytes(config, group, here) == (expected if behind else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import families
@@ -84,6 +85,17 @@ def test_ranks_write_a_split_model_together_and_none_gathers_it(tmp_path, engine
     for rank in ranks:
         assert "No space left" in rank["error"]  # on all ranks, though one alone failed
         assert rank["most"] <= 2 * rank["largest"]
+        assert rank["behind"]["failed"][:2] == [True, 1]
+        (warning,) = rank["behind"]["failed"][2:]  # the same on both, though one alone failed
+        assert "cannot save" in warning
+        assert "No space left" in warning
+        assert rank["behind"]["saved"][:2] == [True, 0]
+        assert re.fullmatch(
+            r"saved checkpoint_step_1: the slowest of 2 ranks took [\d.]+ s, of which training "
+            r"waited [\d.]+ s, at most .* more memory",
+            rank["behind"]["saved"][2],
+        )
+        assert rank["behind"]["same"]
         assert rank["moved"]
         assert rank["resumed"]
     own = [{name for name in rank["files"] if name.startswith("model")} for rank in ranks]

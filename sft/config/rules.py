@@ -58,6 +58,11 @@ RULES = [
         "nothing would be evaluated during training: set train.eval_steps",
     ),
     Rule(
+        ("train.checkpoint_async", "train.save_steps", "train.save_best"),
+        lambda behind, interval, metric: behind and interval is None and metric is None,
+        "no checkpoint would be written during training: set train.save_steps, or remove this key",
+    ),
+    Rule(
         ("train.max_shard_size",),
         lambda size: not re.fullmatch(r"[1-9]\d*[KMGT]B", size),
         "must be a whole number with KB, MB, GB or TB, such as 5GB",

@@ -307,6 +307,8 @@ class Train(Section):
     """Steps between two measurements of the held-out loss. null: only before and after training."""
     save_steps: Count | None = None
     """Steps between two checkpoints. null: only the final one."""
+    checkpoint_async: bool = False
+    """Copy a checkpoint to host memory and write it during the next steps. Needs that memory."""
     save_total_limit: Annotated[int, Field(ge=2)] = 2
     """Number of checkpoints to keep; the oldest are deleted first."""
     max_shard_size: Text = "5GB"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable, Iterator, KeysView
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import peft.peft_model
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -25,12 +27,13 @@ from sft.errors import CheckpointError
 from sft.models.adapt import NAME, aliases, extend_with_first, saved_names, without_first
 from sft.models.converted import read_converted
 from sft.models.digests import weights_sha256
+from sft.models.fake import set_attributes
 from sft.models.layers import persistent_buffers
 from sft.models.pretrained import absolute_name, sub_configs
 from sft.models.shards import MAX_SHARD_SIZE, save_whole
 from sft.models.weights import Weights
 from sft.runtime.checkpoint import open_tensors
-from sft.runtime.tensor_file import TensorFile
+from sft.runtime.tensor_file import TensorFile, write_tensors
 
 BASE = "base.json"  # beside an adapter: the base that it was trained on
 # How a vision-language or audio model reads its media; training on text leaves it as it is.
@@ -56,7 +59,7 @@ def save(
     """Writes the model, or its adapter, and the tokenizer into `folder` (safetensors).
 
     Collective if `weights`, those to save, are split over ranks (FSDP2, ZeRO-3). Returns the files
-    of tensors that this rank has written, as far as PEFT has not written them.
+    of tensors that this rank has written, but those of a quantised model, which are complete.
     `base`: the base of an adapter; it is recorded, and another base is refused at loading.
     `origin`: the base of a whole model; the files of its processor are copied.
     """
@@ -111,15 +114,28 @@ def _save_model(model: Any, folder: Path, source: Weights, max_shard_size: str) 
     weights |= {name: weights[first] for name, first in aliases(model).items() if first in weights}
     if hasattr(model, "first_adapter"):
         weights = extend_with_first(model, weights)
-    # PEFT would look for the base on the hub to find out whether its vocabulary has grown.
-    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+    with _tensor_files_of(peft.peft_model, source.behind) as files:
+        # PEFT would look for the base on the hub to find out whether its vocabulary has grown.
+        model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     if hasattr(model, "served_tuning"):
         config, served = copy.copy(model.peft_config[NAME]), model.served_tuning
         config.r, config.lora_alpha, config.inference_mode = served.r, served.lora_alpha, True
         for key in ("init_lora_weights", "rank_pattern", "alpha_pattern"):
             setattr(config, key, getattr(served.lora, key))
         config.save_pretrained(str(folder))
-    return []
+    return files
+
+
+@contextmanager
+def _tensor_files_of(library: Any, behind: bool) -> Iterator[list[TensorFile]]:
+    """Makes a module of a library write each of its safetensors files as one of ours."""
+    files: list[TensorFile] = []
+
+    def save(tensors: dict[str, torch.Tensor], path: str, metadata: dict[str, str]) -> None:
+        files.append(write_tensors(Path(path), tensors, metadata, behind))
+
+    with set_attributes(library, safe_save_file=save):
+        yield files
 
 
 def read_weights(model: nn.Module, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -22,6 +22,7 @@ from sft.plan.dry_run import Window
 from sft.plan.memory import (
     ACTIVATION_BYTES,
     CONTEXT_BYTES,
+    COPIES,
     RUNG_KEYS,
     Memory,
     predict,
@@ -213,8 +214,10 @@ class Planner:
 
     @property
     def usable_bytes(self) -> float:
-        """Returns the available bytes without the context and a margin."""
-        return self.available_bytes * (1 - MARGIN[self.device_type]) - self.context_bytes
+        """Returns the available bytes without the context, copies of a checkpoint and a margin."""
+        copies = 0 if self.machine.devices else self.copy_bytes
+        margin = self.available_bytes * MARGIN[self.device_type]
+        return self.available_bytes - margin - self.context_bytes - copies
 
     def _try(self, rung: Rung, budget: batches.Budget, why: str) -> _Choice:
         config = with_values(self.config, rung.values)
@@ -229,8 +232,15 @@ class Planner:
         return memory.reserved <= self.usable_bytes and on_host <= self.host_usable_bytes
 
     def host_parts(self, memory: Memory) -> dict[str, int]:
-        """Returns the bytes that a process keeps in host memory beside a GPU, by use."""
-        return {use: each for use, each in memory.hosted.items() if each}
+        """Returns the bytes that a process keeps in host memory beside its device, by use."""
+        parts = memory.hosted | {COPIES: self.copy_bytes}
+        return {use: each for use, each in parts.items() if each}
+
+    @cached_property
+    def copy_bytes(self) -> int:
+        """Returns a process's share of the RAM that copies of a checkpoint take on its machine."""
+        here = self.per_machine if self.machine.devices else self.world_size
+        return sharding.copy_bytes(self.config, self._group(self.config, False), here)
 
     @property
     def host_usable_bytes(self) -> float:

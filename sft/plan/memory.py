@@ -49,7 +49,8 @@ ACTIVATION_BYTES = {"fp32": 110, "bf16": 70, "fp16": 70}
 PASSES = (  # keys of `train` that change a trace
     *("loss", "label_smoothing", "z_loss", "mean_per", "neftune_alpha", "context_parallel"),
 )
-STATE, ACTIVATIONS = "offloaded state", "offloaded activations"  # uses of host memory
+# Uses of host memory.
+STATE, ACTIVATIONS, COPIES = "offloaded state", "offloaded activations", "copies of a checkpoint"
 CONTEXT_BYTES = 600 * MIB  # CUDA and its kernels in a process; an assumption: GPUs differ
 CUBLAS_BYTES = 2 * 32 * MIB  # of two threads (forward, backward) on Hopper; less on other GPUs
 

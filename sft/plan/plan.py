@@ -17,7 +17,7 @@ from sft.errors import ConfigError
 from sft.models.sequences import filled_heads
 from sft.plan.choose import Planner, Rung, resolve_layout
 from sft.plan.counts import count_parameters
-from sft.plan.memory import Memory
+from sft.plan.memory import COPIES, Memory
 from sft.plan.network import Traffic
 from sft.plan.records import PastRuns, read_past_runs
 from sft.plan.speed import Time
@@ -242,11 +242,14 @@ def _warnings(plan: Plan, train: Train, heads: int | None) -> list[str]:
             f"processes: {idle} of {heads + idle} are zeros, which take time and memory; a divisor "
             f"of {heads} needs none"
         )
+    copies = plan.host.get(COPIES, 0)
+    less = f"; train.checkpoint_async=false takes {size(copies)} less" if copies else ""
     if plan.missing_bytes:
         result.append(
             f"one micro-batch takes {size(plan.memory.reserved + plan.context_bytes)} of the "
             f"{size(plan.available_bytes)} per process of {plan.device}, "
             f"{size(plan.missing_bytes)} more than fits with a margin: expect to run out of memory"
+            f"{less if not plan.context_bytes else ''}"
         )
     if plan.start_bytes > plan.usable_bytes and not plan.missing_bytes:
         result.append(
@@ -256,7 +259,7 @@ def _warnings(plan: Plan, train: Train, heads: int | None) -> list[str]:
     if plan.host_bytes > plan.host_usable_bytes:
         result.append(
             f"{size(plan.host_bytes)} per process are kept in host memory, of which each "
-            f"has {size(int(plan.host_usable_bytes))}: expect to run out of it"
+            f"has {size(int(plan.host_usable_bytes))}: expect to run out of it{less}"
         )
     if train.activation_offload is True and not plan.context_bytes:
         result.append("train.activation_offload saves nothing on a CPU: its copies are in RAM, too")

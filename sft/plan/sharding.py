@@ -14,7 +14,7 @@ from sft.plan.allocator import CachingAllocator, Chunk
 from sft.plan.counts import count_casts, count_parameters
 from sft.plan.trace import WEIGHT_COPIES
 from sft.tasks.registry import task_of
-from sft.train.parallel.trial import update_gather_bytes
+from sft.train.parallel.trial import saved_state_bytes, update_gather_bytes
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,25 @@ class Group:
 
 
 ONE_PROCESS = Group()
+
+
+def copy_bytes(config: RunConfig, group: Group, here: int) -> int:
+    """Returns what copies of a checkpoint take in a machine's RAM, for each of `here` processes.
+
+    Every process copies its part of what is split, and the main process the rest. It is 0 without
+    `train.checkpoint_async`.
+    """
+    train = config.train
+    if not train.checkpoint_async:
+        return 0
+    counted, stage = count_parameters(config), group.zero.get("stage", 0)
+    state, weights = saved_state_bytes(train, counted.shapes), train.trained_bytes * counted.trained
+    splits = group.engine == "fsdp" or stage == 3
+    splits_weights = splits and task_of(config).info(config).mode == "full"
+    shards = group.num_shards if splits or stage else 1
+    of_state = min(here, shards) / shards / here
+    return math.ceil(state * of_state + weights / (group.world_size if splits_weights else here))
+
 
 # Defaults of DeepSpeed (deepspeed/runtime/zero/config.py, 0.19.8), and what Accelerate
 # computes for "auto" from the hidden size (accelerator.py: _prepare_deepspeed); both in elements.

@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
@@ -32,7 +33,7 @@ from sft.errors import CheckpointError
 from sft.runtime import plain
 from sft.runtime.console import size
 from sft.runtime.hardware import PeakMemory
-from sft.runtime.tensor_file import Entry, TensorFile, entry, sha256, sync
+from sft.runtime.tensor_file import Entry, TensorFile, entry, sha256, sync, write_tensors
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 1  # of a checkpoint; a version that reads it differently increases it
@@ -48,10 +49,13 @@ class Cost(NamedTuple):
     seconds: float  # on the slowest rank
     peak_bytes: int  # host memory in addition, on the rank that took most
     ranks: int
+    waited: float | None = None  # seconds in which training stood still; None: all
 
     def __str__(self) -> str:
         each = f"the slowest of {self.ranks} ranks " if self.ranks > 1 else ""
-        return f"{each}took {self.seconds:.1f} s, at most {size(self.peak_bytes)} more memory"
+        waited = "" if self.waited is None else f", of which training waited {self.waited:.1f} s"
+        took = f"{each}took {self.seconds:.1f} s{waited}"
+        return f"{took}, at most {size(self.peak_bytes)} more memory"
 
 
 def commit(
@@ -74,7 +78,7 @@ def commit(
 
 
 class Saving:
-    """A checkpoint that is being written. All methods but `flush` are collective."""
+    """A checkpoint that is being written. Only its beginning and `complete` are collective."""
 
     def __init__(
         self,
@@ -90,14 +94,16 @@ class Saving:
         self.staging = scratch_folder(final.parent) / final.name
         self.files: list[TensorFile] = []
         self.entries: dict[str, Entry] = {}
-        self.error: str | None = None
+        self.error: str | None = "its files were not flushed"
         self.seconds = 0.0
         self.memory = PeakMemory()
+        self._thread: threading.Thread | None = None
         with self.memory:
             self._refuse(gather_object([self.is_main and catch_error(make_staging, final)]))
             error = catch_error(lambda: self.files.extend(write(self.staging) or ()))
             self._refuse(gather_object([error]))
         self.claimed = set(gather_object([self._name(file.path) for file in self.files]))
+        self._waited = time.perf_counter() - self.started
 
     def _name(self, path: Path) -> str:
         return str(path.relative_to(self.staging))
@@ -106,6 +112,15 @@ class Saving:
         """Completes and syncs the files of this rank; those of no rank are the main process's."""
         self.error = catch_error(self._flush)
         self.seconds = time.perf_counter() - self.started
+
+    def flush_behind(self) -> None:
+        """Flushes in a thread, while this rank goes on. `complete` waits for it."""
+        self._thread = threading.Thread(target=self.flush, name="save", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_flushing(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
 
     def _flush(self) -> None:
         for file in self.files:
@@ -120,13 +135,17 @@ class Saving:
 
         Raises CheckpointError as `commit` does.
         """
+        started = time.perf_counter()
+        if self._thread:
+            self._thread.join()
         mine = self.error, self.entries, self.seconds, self.memory.most
         errors, entries, seconds, peaks = zip(*gather_object([mine]), strict=True)
         self._refuse(errors)
         found = {name: each for part in entries for name, each in part.items()}
         seal_all = (seal, self.staging, self.final, self.lineage, found)
         self._refuse(gather_object([self.is_main and catch_error(*seal_all)]))
-        return Cost(max(seconds), max(peaks), len(peaks))
+        waited = self._waited + time.perf_counter() - started if self._thread else None
+        return Cost(max(seconds), max(peaks), len(peaks), waited)
 
     def _refuse(self, errors: Iterable[str | bool | None]) -> None:
         """Removes what is staged and raises CheckpointError if any rank has an error."""
@@ -429,10 +448,7 @@ def save_optimizer(
         return []
     header = {"state": json.dumps({"starts": starts, "values": values})}
     name = f"optimizer-{rank + 1:05}-of-{world:05}.safetensors"
-    file = TensorFile(folder / name, tensors, header, behind)
-    for each, value in tensors.items():
-        file.write(each, value)
-    return [file]
+    return [write_tensors(folder / name, tensors, header, behind)]
 
 
 class OptimizerState(ExitStack):

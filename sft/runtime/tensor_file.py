@@ -75,11 +75,21 @@ class TensorFile:
 
     def finish(self) -> Entry:
         """Writes what was kept, syncs the file, and returns its entry in a manifest."""
-        while self._kept:
-            self._put(*self._kept.popitem())
+        for name in [*self._kept]:
+            self._put(name, self._kept.pop(name))
         self._begin()  # a file without tensors
         sync(self.path)
         return entry(self.path)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], behind: bool
+) -> TensorFile:
+    """Writes a file of tensors that have their values; `behind`: see `TensorFile`."""
+    file = TensorFile(path, tensors, metadata, behind)
+    for name, value in tensors.items():
+        file.write(name, value)
+    return file
 
 
 def entry(path: Path) -> Entry:

@@ -3,6 +3,10 @@
 A run keeps the newest `train.save_total_limit` checkpoints and the best one. Training continues
 after a failed save, and earlier checkpoints stay as they are. A checkpoint names the one that it
 continues (`runtime/run_folder`) and the best one so far; best.json repeats the latter for people.
+
+With `train.checkpoint_async` a save copies to host memory, and a thread of each rank writes. The
+ranks report with each step's counts whether they still write. Once none does, the main threads
+commit the checkpoint, as they do without it. At most one checkpoint is being written.
 """
 
 from __future__ import annotations
@@ -11,9 +15,10 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -34,8 +39,9 @@ STATE = "trainer.json"
 TRIES = 20  # to save the result of a run that has no checkpoint
 SECONDS_OF_WAIT = 30  # before the next
 COUNTS = ("step", "evaluated", "num_skipped", "optimizer_updates", "world_size")
-WriteState = Callable[[Path, "Best | None"], list[TensorFile]]
-"""Writes a checkpoint into a folder, which names the best one so far (see `checkpoint.Write`)."""
+WriteState = Callable[[Path, "Best | None", bool], list[TensorFile]]
+"""Writes a checkpoint, which names the best one so far, into a folder (see `checkpoint.Write`). If
+True, the files of tensors keep copies, which are written later."""
 NO_CHANGE = ("output_dir", "resume_from_checkpoint")  # may differ in the same run
 
 
@@ -141,6 +147,15 @@ class Best:
         return is_less if LESS_IS_BETTER[self.metric] else self.value > other.value
 
 
+class Pending(NamedTuple):
+    """A checkpoint that is not committed yet."""
+
+    saving: checkpoint.Saving
+    step: int
+    best: Best | None  # a new best one, which this is
+    started: float
+
+
 class Keeper:
     """Saves a run's checkpoints and removes old ones. Its public methods are collective."""
 
@@ -161,6 +176,8 @@ class Keeper:
         self.num_failed = 0  # consecutive failed saves
         self.seconds = 0.0  # duration of the last save
         self.saved: int | None = None  # the last step of which this run has a checkpoint
+        self._pending: Pending | None = None  # what threads are writing
+        self._is_written = False  # all ranks have agreed that theirs have ended
         self.parent: dict[str, str] | None = None  # the checkpoint that the next one continues
 
     def continue_from(self, folder: Path, state: dict[str, Any], is_changed: bool) -> None:
@@ -226,40 +243,83 @@ class Keeper:
         found = Best(metric, metrics[metric], step, self.held_out_sha256)
         return found if found.is_better_than(self.best) else None
 
-    def save(
-        self,
-        step: int,
-        write: WriteState,
-        best: Best | None = None,
-    ) -> Path:
+    def save(self, step: int, write: WriteState, best: Best | None = None) -> Path:
         """Commits `checkpoint_step_<n>`, records a new best one and removes old ones.
 
         Calls `write` with the folder and the best checkpoint so far. Raises CheckpointError on all
         ranks if that fails on any.
         """
+        self.settle()
         self._refuse_loss()
-        final, known = self.folder / f"checkpoint_step_{step}", best or self.best
         if self.saved != step:
             started = time.perf_counter()
-            self.log.sync_metrics()
-            cost = checkpoint.commit(
-                final,
-                lambda staging: write(staging, known),
-                self.accelerator,
-                self.need_bytes,
-                self.lineage(),
-            )
-            self.seconds = time.perf_counter() - started
-            self.saved = step
-            self.log.say(f"saved {final.name}: {cost}")
-        tidied: list[Any] = []
+            cost = checkpoint.commit(*self._contents(step, write, best, behind=False))
+            self._record_save(step, started, cost)
+        self._finish(step, best)
+        return self._folder_of(step)
+
+    def _folder_of(self, step: int) -> Path:
+        return self.folder / f"checkpoint_step_{step}"
+
+    def _contents(self, step: int, write: WriteState, best: Best | None, *, behind: bool) -> Any:
+        """Returns the arguments of `checkpoint.commit` and `checkpoint.Saving`."""
+        self.log.sync_metrics()
+        known = best or self.best
+
+        def write_all(staging: Path) -> list[TensorFile]:
+            return write(staging, known, behind)
+
+        final = self._folder_of(step)
+        return final, write_all, self.accelerator, self.need_bytes, self.lineage()
+
+    def _record_save(self, step: int, started: float, cost: checkpoint.Cost) -> None:
+        self.seconds, self.saved = time.perf_counter() - started, step
+        self.log.say(f"saved {self._folder_of(step).name}: {cost}")
+
+    def _finish(self, step: int, best: Best | None) -> None:
+        """Records a new best checkpoint, and removes old ones."""
+        tidied, known = list[Any](), best or self.best
         if self.accelerator.is_main_process:
             tidied = [checkpoint.catch_error(self._tidy, step, best, known)]
         (reason,) = gather_object(tidied)
         if reason:
-            raise CheckpointError(f"saved {final}, but cannot tidy {self.folder}: {reason}")
+            raise CheckpointError(
+                f"saved {self._folder_of(step)}, but cannot tidy {self.folder}: {reason}"
+            )
         self.best = known
-        return final
+
+    def _begin(self, step: int, write: WriteState, best: Best | None) -> None:
+        """Copies a checkpoint, and lets a thread write it."""
+        self._refuse_loss()
+        started = time.perf_counter()
+        saving = checkpoint.Saving(*self._contents(step, write, best, behind=True))
+        saving.flush_behind()
+        self._pending = Pending(saving, step, best, started)
+
+    @property
+    def is_writing(self) -> bool:
+        """Returns whether this rank's thread is writing; `agree` takes the number of such ranks."""
+        return self._pending is not None and self._pending.saving.is_flushing
+
+    def agree(self, writing: float) -> None:
+        self._is_written = self._pending is not None and writing == 0
+
+    def settle(self, *, wait: bool = True) -> None:
+        """Commits the checkpoint that threads are writing, if there is one.
+
+        Without `wait`, only if all ranks have agreed that it is written. A failure is treated as
+        that of another save (`try_to_save`).
+        """
+        if self._pending is None or not (wait or self._is_written):
+            return
+        pending, self._pending = self._pending, None
+        self._is_written = False
+        with self._tolerate_failure():
+            self._refuse_loss()
+            cost = pending.saving.complete()
+            self._record_save(pending.step, pending.started, cost)
+            self._finish(pending.step, pending.best)
+            self.num_failed = 0
 
     def save_final(
         self,
@@ -307,24 +367,31 @@ class Keeper:
             raise LostFolder(reason)
 
     def _tidy(self, step: int, best: Best | None, known: Best | None) -> None:
-        self.parent = run_folder.reference(
-            self.folder / f"checkpoint_step_{step}", self.folder
-        )  # only the main process writes it
+        # Only the main process writes it.
+        self.parent = run_folder.reference(self._folder_of(step), self.folder)
         if best:
             self._record(best)
         spared = [known.name] if known else []
         run_folder.prune(self.folder, self.train.save_total_limit, spared, step)
 
-    def try_to_save(
-        self,
-        step: int,
-        write: WriteState,
-        best: Best | None = None,
-    ) -> None:
-        """Saves a checkpoint; logs a failure, and raises it after `max_failed_saves` in a row."""
+    def try_to_save(self, step: int, write: WriteState, best: Best | None = None) -> None:
+        """Saves a checkpoint; logs a failure, and raises it after `max_failed_saves` in a row.
+
+        With `train.checkpoint_async`, returns once it is copied; `settle` commits it.
+        """
+        self.settle()
+        with self._tolerate_failure():
+            if self.train.checkpoint_async and self.saved != step:
+                self._begin(step, write, best)
+            else:
+                self.save(step, write, best)
+                self.num_failed = 0
+
+    @contextmanager
+    def _tolerate_failure(self) -> Iterator[None]:
+        """Logs a save that fails; raises the error after `max_failed_saves` in a row."""
         try:
-            self.save(step, write, best)
-            self.num_failed = 0
+            yield
         except LostFolder:
             raise
         except CheckpointError as error:

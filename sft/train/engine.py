@@ -174,7 +174,9 @@ class Engine:
             self.parallel.set_loss_scale(self.loss_scale.value)
         batches = [guard.call(m, self.collate, m) for m in micro_batches]
         count = 0.0 if guard.oom else self._count(batches)
-        supervised, *signals = self._sum([count, *self.guard.flags()])
+        flags = self.keeper.is_writing, *self.guard.flags()
+        supervised, writing, *signals = self._sum([count, *flags])
+        self.keeper.agree(writing)
         self.guard.agree(*signals)
         factor = self.parallel.loss_factor / (supervised or 1.0)
         self.task.begin_step(self.step, factor * self.parallel.loss_scale)
@@ -431,13 +433,17 @@ class Engine:
                 self._report(values, advance, (time.perf_counter() - started) / (self.step - first))
                 self._follow_up(save=self._is_due(self.train.save_steps))
                 guard.stop_if_agreed()
+            self.keeper.settle()
 
     def _follow_up(self, *, save: bool) -> None:
         """Evaluates and saves a checkpoint after a step, if they are due."""
         best = None
+        self.keeper.settle(wait=False)
         due = self._is_due(self.train.eval_steps) and self.last_evaluated != self.step
         if due and not self.guard.stopping:
-            best = self.keeper.find_better(self.step, self.evaluate())
+            metrics = self.evaluate()
+            self.keeper.settle()  # the best checkpoint so far may be the one that is being written
+            best = self.keeper.find_better(self.step, metrics)
         if self.guard.take_save_request() or best or save:
             with self.guard.section("save"):
                 self.keeper.try_to_save(self.step, self._write, best)
@@ -496,10 +502,11 @@ class Engine:
         """Returns a digest of the trained weights of all ranks, the same on each. Collective."""
         return " ".join(map(str, gather_object(self.parallel.checksums())))
 
-    def _write(self, staging: Path, best: Best | None) -> list[TensorFile]:
+    def _write(self, staging: Path, best: Best | None, behind: bool) -> list[TensorFile]:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         shards = self.parallel.optimizer_shards()
-        files = self.write_final(staging) + checkpoint.save_optimizer(shards, staging, rank, world)
+        files = self.write_final(staging, behind)
+        files += checkpoint.save_optimizer(shards, staging, rank, world, behind)
         if self.accelerator.is_main_process:
             counts = {  # the keys are those of `checkpoints.COUNTS`
                 "step": self.step,
@@ -528,10 +535,13 @@ class Engine:
             with self.log.optional("README.md"):
                 checkpoint.add_file(self.folder / run_folder.FINAL, "README.md", card)
 
-    def write_final(self, staging: Path) -> list[TensorFile]:
-        """Writes what a user loads (weights, tokenizer, configuration) to `staging`. Collective."""
+    def write_final(self, staging: Path, behind: bool = False) -> list[TensorFile]:
+        """Writes what a user loads (weights, tokenizer, configuration) to `staging`. Collective.
+
+        `behind`: the files of tensors are written later, from copies.
+        """
         with self.parallel.averaged():
-            return self.task.save(staging, self.parallel.weights())
+            return self.task.save(staging, self.parallel.weights(behind))
 
     def resume(self, folder: Path) -> None:
         """Continues from a verified checkpoint, written by any engine and number of processes."""
@@ -560,7 +570,10 @@ class Engine:
 
     @contextmanager
     def preemptible(self) -> Iterator[None]:
-        """Saves a checkpoint if a signal stops the run within this context."""
+        """Saves a checkpoint if a signal stops the run within this context.
+
+        After an error that all ranks raise, commits a checkpoint that is being written.
+        """
         try:
             yield
         except Preempted as error:
@@ -570,3 +583,7 @@ class Engine:
             with self.guard.section("save"):
                 folder = self.save()
             raise self.guard.preemption(f"after step {self.step:,}; saved {folder}") from error
+        except Exception as error:
+            if isinstance(error, NonFiniteError) or self.accelerator.num_processes == 1:
+                self.keeper.settle()
+            raise

@@ -60,8 +60,10 @@ def run(case: dict[str, Any], out: Path) -> dict[str, Any]:
             values = made.optimizer_step()
             made.step += 1
             steps.append([ids, list(chain.from_iterable(mine)), values["train/loss"].hex()])
+            made.keeper.settle(wait=False)
             if made.step in case["save_at"]:
-                made.save()
+                made.keeper.try_to_save(made.step, made._write)
+        made.keeper.settle()
     weights = made.parallel.weights().all()
     if made.accelerator.is_main_process:
         save_file({k: v.contiguous() for k, v in weights.items()}, out / f"{case['name']}.weights")

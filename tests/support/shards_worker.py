@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from sft.errors import CheckpointError
 from sft.models import shards
 from sft.models.weights import Weights
 from sft.runtime.tensor_file import TensorFile
+from sft.train.engine import Engine
 
 ENGINES = {
     "fsdp": ["train.engine=fsdp"],
@@ -49,6 +51,43 @@ def fail(*_: object) -> None:
     raise OSError(28, "No space left on device")
 
 
+def save_again_behind(made: Engine, folder: Path) -> dict[str, Any]:
+    """Saves the same step while the next ones run: first it fails on one rank, then it succeeds."""
+    keeper, rank = made.keeper, made.accelerator.process_index
+    keeper.train = made.train.model_copy(update={"checkpoint_async": True})
+    lines: list[Any] = []
+    keeper.log.say = lines.append  # type: ignore[method-assign]
+    expected = read_all(folder)
+    finish, found = TensorFile.finish, dict[str, Any]()
+    for fails in (True, False):
+        may_write = threading.Event()
+
+        def finish_late(
+            file: TensorFile, event: threading.Event = may_write, fails: bool = fails
+        ) -> Any:
+            event.wait()
+            return fail() if fails and rank == 1 else finish(file)
+
+        TensorFile.finish = finish_late  # type: ignore[method-assign]
+        made.read(folder)
+        keeper.saved = keeper.parent = None  # as before the first save of this step
+        keeper.try_to_save(made.step, made._write)
+        made.optimizer_step()  # its counts say that ranks are writing
+        keeper.settle(wait=False)
+        was_pending = keeper.saved is None
+        may_write.set()
+        keeper.settle()
+        found["failed" if fails else "saved"] = [was_pending, keeper.num_failed, *lines]
+        lines.clear()
+    TensorFile.finish = finish  # type: ignore[method-assign]
+    found["same"] = read_all(folder) == expected
+    return found
+
+
+def read_all(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def main(engine: str, model: str, out: Path) -> None:
     shards.MIN_SHARD_BYTES = 1
     overrides = [f"model.name={model}", "tuning.mode=full", "train.precision=fp32"]
@@ -71,6 +110,7 @@ def main(engine: str, model: str, out: Path) -> None:
     watch()
     folder, trained = made.save(), made.parallel.checksums()
     found |= {"most": MOST[0], "files": sorted(set(WRITERS)), "folder": str(folder)}
+    found["behind"] = save_again_behind(made, folder)
     made.optimizer_step()
     found["moved"] = made.parallel.checksums() != trained
     made.read(folder)

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -29,6 +28,7 @@ from sft.errors import CheckpointError, ConfigError
 from sft.models.export import ADAPTER
 from sft.runtime import plain
 from sft.runtime.checkpoint import open_tensors
+from sft.runtime.tensor_file import TensorFile, write_tensors
 
 META = "ci_llm_meta_config.json"  # the description of the agents, beside their folders
 
@@ -160,21 +160,27 @@ class Agents(nn.Module):
         }
 
     def save_pretrained(
-        self, folder: str, state_dict: dict[str, torch.Tensor] | None = None
-    ) -> None:
+        self,
+        folder: str,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        behind: bool = False,
+    ) -> list[TensorFile]:
         """Writes `agent0` ... `agent{K-1}`, each an adapter in PEFT's format.
 
         `state_dict`: the full weights by name, if this rank's module holds only parts of them.
+        `behind`: see `TensorFile`.
         """
         peft_config = copy.copy(self.peft_config)
         peft_config.inference_mode = True
         weights = self.state_dict() if state_dict is None else state_dict
         adapters = {name: each for name, each in weights.items() if "lora_" in name}
+        files = list[TensorFile]()
         for agent in range(self.num_agents):
             agent_folder = Path(folder, f"agent{agent}")
             peft_config.save_pretrained(str(agent_folder))
-            own = {peft_name(n): each[agent].cpu().contiguous() for n, each in adapters.items()}
-            save_file(own, str(agent_folder / ADAPTER), {"format": "pt"})
+            own = {peft_name(n): each[agent] for n, each in adapters.items()}
+            files.append(write_tensors(agent_folder / ADAPTER, own, {"format": "pt"}, behind))
+        return files
 
 
 def peft_name(name: str) -> str:

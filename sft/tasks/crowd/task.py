@@ -343,7 +343,7 @@ class CrowdTune(FineTune):
         crowd, tokenizer, whole = self.model, self.prepared.tokenizer, weights.all()
         if not weights.is_main:
             return []
-        crowd.save_pretrained(str(folder), state_dict=whole)
+        files = crowd.save_pretrained(str(folder), whole, weights.behind)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form
         record = base_record(self.config.model)
         for agent in sorted(folder.glob("agent*")):
@@ -351,7 +351,7 @@ class CrowdTune(FineTune):
             write_json(agent / BASE, record)
         tokenizer.save_pretrained(str(folder))
         write_json(folder / META, {**crowd.describe(), "base": record})
-        return []
+        return files
 
     def loading(self) -> str:
         run = self.config.train.output_dir
