@@ -62,7 +62,9 @@ def test_a_model_without_a_configuration_on_a_gpu_that_is_not_here(model, tmp_pa
     made = chosen["micro_batch"] * chosen["gradient_accumulation_steps"] * work["world_size"]
     assert made == 32
     assert chosen["max_tokens"] >= chosen["micro_batch"] * 1024
-    given = {"activation_offload", "compile"}  # the one is not `auto`, the other needs a run
+    # The first is not `auto`, the second needs a run, and the third belongs to the chosen layout.
+    given = {"activation_offload", "compile", "gradient_checkpointing"}
+    assert read["layout"]["train.gradient_checkpointing"] == chosen["gradient_checkpointing"]
     assert set(chosen) - given == set(read["reasons"])
     assert read["advice"][0]["change"] == "train.gradient_checkpointing=selective"
     ladder = read["ladder"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sft import api, cli
-from sft.config.load import load_config
+from sft.config.load import load_config, with_values
 from sft.config.schema import Config, RunConfig
 from sft.errors import ConfigError
 from sft.runtime import hardware
@@ -33,7 +33,7 @@ def plan_options(parser: cli.Parser) -> None:
 def plan(args: Namespace) -> None:
     """Prints the plan of a run, for which no weights are loaded, and writes its numbers as JSON."""
     config = _configuration(args)
-    from sft.plan import advice, coverage, plan, report
+    from sft.plan import advice, coverage, layouts, plan, report
 
     console = make_console()
     numbers: Any
@@ -46,14 +46,21 @@ def plan(args: Namespace) -> None:
             workload = task_of(config).uniform_workload(config)
         else:
             workload = task_of(config).workload(config)
-        asked = args.model is not None
-        made = plan.make_plan(config, workload, machine, world_size, asked)
+        asked, stated = args.model is not None, config.train.model_fields_set
+        tried: list[plan.Plan] = []
+        if asked and world_size > 1 and "engine" not in stated:
+            open_keys = (config, workload, machine, world_size, frozenset(stated), args.link)
+            made, tried = layouts.choose_layout(layouts.Question(*open_keys), console)
+            console.print(report.layouts_table(tried))
+            config = with_values(config, made.layout)
+        else:
+            made = plan.make_plan(config, workload, machine, world_size, asked)
         made = replace(made, cost_per_hour=args.cost_per_hour, link=args.link)
         console.print(report.plan_table(made))
         console.print(report.memory_table(made))
         advised = advice.advise(config, workload, machine, made, console)
         console.print(report.advice_table(advised))
-        numbers = report.plan_values(made, advised)
+        numbers = report.plan_values(made, advised) | {"layouts": layouts.layout_values(tried)}
         if covered := coverage.cover(config):
             console.print(coverage.coverage_table(covered))
             numbers |= {"coverage": coverage.coverage_values(covered)}

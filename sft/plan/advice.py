@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,17 +64,12 @@ def advise(
     planner = planner_of(config, workload, machine, plan)
     result = []
     settings = _settings(config, workload, planner, plan)
-    shown = bar(console, "other settings", len(settings)) if console else nullcontext(_ignore)
-    with shown as advance:
+    with bar(console, "other settings", len(settings)) as advance:
         for each in settings:
             if found := _consider(each, config, planner, plan):
                 result.append(found)
             advance()
     return result
-
-
-def _ignore(*_: object, **__: object) -> None:
-    """Shows no progress."""
 
 
 def _settings(config: RunConfig, workload: Workload, planner: Planner, plan: Plan) -> list[Setting]:

@@ -24,6 +24,7 @@ from sft.plan.memory import (
     CONTEXT_BYTES,
     COPIES,
     RUNG_KEYS,
+    STATE,
     Memory,
     predict,
     rows_of_logits,
@@ -40,9 +41,11 @@ from sft.train import schedule
 MARGIN = {"cpu": 0.15, "cuda": 0.06}
 SATURATING_TOKENS = {"cpu": 2048, "cuda": 16384}  # a larger micro-batch is no faster
 SATURATING_SMALL = {"cpu": 8192, "cuda": 65536}  # the same for a small model
+USEFUL = 4  # a micro-batch with this part of them is large enough
 # Overhead of one micro-batch, in tokens: measured on 2 cores (docs/LOG.md), but not on a GPU, where
 # the fewest micro-batches are taken.
 MICRO_BATCH_COST = {"cpu": 64, "cuda": None}
+NOMINAL_FLOPS = 1e14  # operations a second of a GPU of unknown speed: only to compare settings
 CORE_FLOPS = 6e10  # operations a second of a CPU core in training, measured (docs/LOG.md)
 COMPILED_SECONDS = 3600.0  # a run on a CPU that takes as long gains minutes by compiling
 GPUS_PER_MACHINE = 8  # of a plan for GPUs that are elsewhere
@@ -132,7 +135,7 @@ class Planner:
         if self.info.small:
             return self._choose_largest(rungs[0]), "the model is too small for it"
         batch = sum(self.workload.lengths[i] for i in self.ids_of_step(0)) // self.world_size
-        enough, tried = min(self.saturating_tokens // 4, batch), list[_Choice]()
+        enough, tried = min(self.saturating_tokens // USEFUL, batch), list[_Choice]()
         for rung in rungs:
             try:
                 tried.append(self._choose_largest(rung))
@@ -265,10 +268,10 @@ class Planner:
             window,
             on_gpu=self.device_type == "cuda",
             evaluation=evaluation,
-            group=self._group(config, accumulates),
+            group=self.group(config, accumulates),
         )
 
-    def _group(self, config: RunConfig, accumulates: bool) -> sharding.Group:
+    def group(self, config: RunConfig, accumulates: bool) -> sharding.Group:
         train, zero = config.train, {}
         if train.engine == "deepspeed":
             zero = processes.deepspeed_settings(train)["zero_optimization"]
@@ -284,7 +287,7 @@ class Planner:
 
     def start_bytes(self, memory: Memory) -> int:
         """Returns the bytes of the model that a process has while weights are read, at most."""
-        info, group = self.info, self._group(self.config, False)
+        info, group = self.info, self.group(self.config, False)
         return sharding.start_bytes(memory.model_bytes, self.config, info.starts_split, group)
 
     def choose_kept(self, choice: _Choice) -> tuple[_Choice, KeepWhole, str]:
@@ -305,16 +308,22 @@ class Planner:
 
     def traffic(self, choice: _Choice, kept: KeepWhole) -> network.Traffic:
         """Returns what the first step exchanges, with this `train.keep_whole`."""
-        config, own = self.config, choice.cuts[0]
+        own, lengths = choice.cuts[0], self.workload.lengths
+        tokens = sum(batches.num_tokens(lengths, m, self.layout) for m in own)
+        tokens //= choice.budget.shared_by
+        model_bytes = choice.memory.model_bytes
+        return self.count_traffic(kept, model_bytes, len(own), tokens, choice.rung)
+
+    def count_traffic(
+        self, kept: KeepWhole, model_bytes: int, micro_batches: int, tokens: int, rung: Rung
+    ) -> network.Traffic:
+        """Returns what a process with so many micro-batches and tokens exchanges in a step."""
+        config, shared_by = self.config, self.config.train.context_parallel
         if config.train.engine == "fsdp":
             config = with_values(config, {"train.keep_whole": kept})
-        group = self._group(config, len(own) > 1)
-        found = network.predict_traffic(
-            config, self.precision, group, choice.memory.model_bytes, len(own)
-        )
-        lengths, shared_by = self.workload.lengths, choice.budget.shared_by
-        tokens = sum(batches.num_tokens(lengths, m, self.layout) for m in own) // shared_by
-        passes = 3 if choice.rung.checkpointing else 2
+        group = self.group(config, micro_batches > 1)
+        found = network.predict_traffic(config, self.precision, group, model_bytes, micro_batches)
+        passes = 3 if rung.checkpointing else 2
         itemsize = DTYPES[self.precision].itemsize
         exchanged = network.exchanged_bytes(self.info.sizes, shared_by, itemsize, tokens, passes)
         return replace(found, exchanged=exchanged)
@@ -415,6 +424,41 @@ class Planner:
             self.speed_kind(counts),
         )
 
+    def compute_seconds(self, counts: Counts, recomputed: float, tokens: float) -> float:
+        """Returns how long a step computes whose busiest process has so many tokens."""
+        everywhere = round(tokens * self.world_size)
+        if found := self.time(counts, recomputed, everywhere):
+            return found.seconds
+        rate = NOMINAL_FLOPS if self.machine.devices else self._cpu_flops / self.world_size
+        return self.flops(counts, recomputed, everywhere) / (rate * self.world_size)
+
+    def busiest_tokens(self, choice: _Choice) -> float:
+        """Returns the tokens of the first step's busiest process; a small micro-batch counts as one
+        that is large enough to use the device."""
+        lengths, shared_by = self.workload.lengths, choice.budget.shared_by
+        ideal = sum(lengths[i] for i in self.ids_of_step(0)) / self.world_size
+        least = min(self.saturating_tokens / USEFUL, ideal)
+        most = (
+            max(batches.num_tokens(lengths, m, self.layout) for m in at) / shared_by
+            for at in zip(*choice.cuts, strict=True)
+        )
+        return sum(max(each, least) for each in most)
+
+    def moved_bytes(self, choice: _Choice, traffic: network.Traffic) -> int:
+        """Returns what a process moves between its GPU and host memory in a step, or updates there.
+
+        Activations go there and come back. State is read and written by the update; FSDP2 also
+        sends shards of weights for each gathering, and takes shards of gradients back.
+        """
+        moved = 2 * choice.memory.copied_bytes * len(choice.cuts[0])
+        if self.config.train.offload and self.machine.devices:
+            moved += (traffic.gathered + traffic.scattered) // (traffic.within or self.world_size)
+        return moved + 2 * choice.memory.hosted.get(STATE, 0)
+
+    @property
+    def _cpu_flops(self) -> float:
+        return CORE_FLOPS * max(self.machine.cores, self.world_size)
+
     def speed_kind(self, counts: Counts) -> speed.Kind:
         return speed.Kind(self.info.mode, self.precision, counts.multiplied)
 
@@ -450,8 +494,7 @@ class Planner:
             return False, "processes exchange tokens around attention"
         if self.machine.devices:
             return False, "on GPUs no gain has been measured yet"
-        rate = CORE_FLOPS * max(self.machine.cores, self.world_size)
-        about = self.flops(counts, 0, tokens) / rate
+        about = self.flops(counts, 0, tokens) / self._cpu_flops
         if about < COMPILED_SECONDS:
             return False, f"a run of about {duration(about)} does not earn the time to compile"
         if self.machine.is_here and (missing := hardware.missing_compiler([])):

@@ -29,6 +29,8 @@ from sft.tasks.registry import task_of
 from sft.train import schedule
 from sft.train.parallel.trial import saved_state_bytes
 
+ASSUMED_LINK = 25.0  # GB/s of a GPU, where LINK does not say it: 200 Gbit/s, or PCIe 4.0 x16
+HOST_RATE = 20e9  # bytes/s of a process to and in host memory; an assumption
 FEW_STEPS = 50  # with fewer updates, hardly anything is learnt at usual learning rates
 
 
@@ -61,6 +63,8 @@ class Plan:
     available_bytes: int
     usable_bytes: int  # available to a step: without the context and a margin
     host_usable_bytes: float  # RAM for what is kept there beside a GPU; infinite if unknown
+    compute_seconds: float  # of the first step, on the busiest process
+    moved_bytes: int  # of a process in a step, between its GPU and host memory
     host: dict[str, int]  # bytes that a process keeps in RAM beside a GPU, by use
     per_machine: int  # processes on a machine
     device: str
@@ -72,6 +76,8 @@ class Plan:
     reasons: dict[str, str]  # dotted configuration key -> why its `auto` has this value
     cost_per_hour: float | None = None  # of one process's device
     link: float | None = None  # GB/s that a process can send to others
+    layout: dict[str, Any] = field(default_factory=dict)  # that `layouts` chose, by dotted key
+    enough: int | None = None  # GPUs of this kind on which a step fits, if it does not on these
     is_question: bool = False  # about a model alone: there are no data, so no run to predict
     warnings: list[str] = field(default_factory=list)
 
@@ -97,6 +103,17 @@ class Plan:
     def sent_bytes(self) -> int:
         """Returns what each process sends in a step."""
         return self.traffic.sent(self.world_size)
+
+    @property
+    def step_seconds(self) -> float:
+        """Returns how long a step takes, to compare layouts: nothing runs beside anything else."""
+        link = self.link or ASSUMED_LINK
+        exchange = self.sent_bytes / 1e9 / link
+        return self.compute_seconds + exchange + self.moved_bytes / HOST_RATE
+
+    @property
+    def fits(self) -> bool:
+        return not self.missing_bytes and self.host_bytes <= self.host_usable_bytes
 
     @property
     def verdict(self) -> str:
@@ -153,6 +170,7 @@ def make_plan(
     autos = {key: why for key, why in reasons.items() if getattr(config.train, key) == "auto"}
     evaluation = planner.predict_evaluation(budget, kept)
     recomputed = choice.memory.recomputed_share(choice.rung.checkpointing)
+    traffic = planner.traffic(choice, kept)
     plan = Plan(
         num_examples=len(workload.lengths),
         num_held_out=len(workload.held_out.lengths) if workload.held_out else 0,
@@ -179,12 +197,14 @@ def make_plan(
         available_bytes=planner.available_bytes,
         usable_bytes=int(planner.usable_bytes),
         host_usable_bytes=planner.host_usable_bytes,
+        compute_seconds=planner.compute_seconds(counts, recomputed, planner.busiest_tokens(choice)),
+        moved_bytes=planner.moved_bytes(choice, traffic),
         host=planner.host_parts(choice.memory),
         per_machine=planner.per_machine,
         device=planner.device_name,
         past=read_past_runs(info.cache, planner.device_name),
         time=planner.time(counts, recomputed, tokens),
-        traffic=planner.traffic(choice, kept),
+        traffic=traffic,
         disk=predict_disk(config, len(workload.lengths)),
         labels=info.labels,
         reasons={f"train.{key}": why for key, why in autos.items()},

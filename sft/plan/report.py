@@ -15,11 +15,13 @@ from sft.config.load import dump_config
 from sft.config.schema import RunConfig
 from sft.plan.advice import COMPARED, Advice
 from sft.plan.allocator import MIB
-from sft.plan.plan import Plan, chosen_values
+from sft.plan.layouts import GAIN
+from sft.plan.plan import ASSUMED_LINK, Plan, chosen_values
 from sft.plan.speed import Time
 from sft.runtime import plain
 from sft.runtime.console import duration, facts, size, table, write_json
 
+NUM_LAYOUTS = 8  # that are shown
 LAUNCH_SECONDS = 0.05  # if a micro-batch takes less, a GPU mostly waits for kernel launches
 WORK = (  # values of a plan in the section "work" of plan.json
     *("num_examples", "num_held_out", "tokens_per_epoch", "supervised_share", "steps", "tokens"),
@@ -47,8 +49,12 @@ def plan_table(plan: Plan) -> Table:
     if plan.is_question:
         each = plan.tokens_per_epoch // plan.num_examples
         rows = [("question", f"one batch of {plan.num_examples:,} rows of {each:,} tokens")]
+    rows.append(("verdict", Text(plan.verdict, "bold green" if plan.fits else "bold red")))
+    if plan.layout and not plan.fits:
+        rows.append(("missing", _missing(plan)))
+    if plan.layout:
+        rows.append(("layout", "\n".join(_overrides(plan))))
     rows += [
-        ("verdict", Text(plan.verdict, "bold red" if plan.missing_bytes else "bold green")),
         ("batch", f"{cut} micro-batch(es) of {most}"),
         ("trained", f"{plan.num_trained:,} of {plan.num_parameters:,} parameters"),
         ("memory", _memory(plan)),
@@ -75,6 +81,21 @@ def plan_table(plan: Plan) -> Table:
     ]
     rows += [("warning", Text(text, "red")) for text in plan.warnings]
     return facts("Plan", rows)
+
+
+def _overrides(plan: Plan) -> list[str]:
+    """Returns the layout that was chosen, as overrides of a configuration."""
+    return [f"{key}={str(value).lower()}" for key, value in plan.layout.items()]
+
+
+def _missing(plan: Plan) -> str:
+    """Returns what would have to be there for a step to fit."""
+    lacks = f"{size(plan.missing_bytes)} on each GPU"
+    if not plan.missing_bytes:
+        lacks = f"{size(int(plan.host_bytes - plan.host_usable_bytes))} of RAM for each process"
+    if plan.enough is None:
+        return f"{lacks}; no number of such GPUs is known to be enough"
+    return f"{lacks}; {plan.enough} such GPUs would be enough"
 
 
 def _memory(plan: Plan) -> str:
@@ -125,10 +146,12 @@ def _span(least: float, most: float) -> str:
 
 def _network(plan: Plan) -> str:
     sent = f"each process sends {size(plan.sent_bytes)} in a step"
-    if plan.link is None:
+    if plan.link is None and not plan.layout:
         return sent
-    took = plan.sent_bytes / 1e9 / plan.link
-    return f"{sent}: {took:,.3g} s at {plan.link:g} GB/s, beside the computation or after it"
+    link = plan.link or ASSUMED_LINK
+    at = f"at {link:g} GB/s" + (" (assumed: give LINK)" if plan.link is None else "")
+    took = plan.sent_bytes / 1e9 / link
+    return f"{sent}: {took:,.3g} s {at}, beside the computation or after it"
 
 
 def _cost(plan: Plan, per_hour: float) -> str:
@@ -178,6 +201,24 @@ def advice_table(found: list[Advice]) -> Table:
     return result
 
 
+def layouts_table(tried: Sequence[Plan]) -> Table:
+    """Returns a table of the layouts that were tried: the fastest that fit, then the smallest."""
+    ranked = sorted(tried, key=lambda each: (not each.fits, each.missing_bytes, each.step_seconds))
+    rows = []
+    for each in ranked[:NUM_LAYOUTS]:
+        memory = size(each.memory.reserved + each.context_bytes)
+        took = f"{each.step_seconds:,.3g} s" if each.fits else "does not fit"
+        cells = (" ".join(_overrides(each)), memory, size(each.host_bytes), took)
+        rows.append([Text(cell, "" if each.fits else "dim") for cell in cells])
+    result = table(
+        f"Layouts: the first of {len(tried)} that were tried",
+        ("settings", "memory", "in RAM", "a step"),
+        rows,
+    )
+    result.caption = f"one thing after another; others are not faster by {GAIN:.0%}, or do not fit"
+    return result
+
+
 def comparison_table(found: list[dict[str, Any]], length: int) -> Table:
     """Returns a table of how many rows each GPU holds, for each way of tuning."""
     rows = []
@@ -211,12 +252,15 @@ def plan_values(plan: Plan, found: Sequence[Advice] = ()) -> dict[str, Any]:
             "generation_bytes": plan.generation_bytes,
             "checkpoint_bytes": plan.disk.checkpoint,
             "disk_bytes": plan.disk.total,
+            "step_seconds": plan.step_seconds,
             "seconds": plan.time and plan.time.seconds,
             "time": plan.time and asdict(plan.time),
             "cost": plan.cost,
             "traffic": asdict(plan.traffic) | {"sent_bytes": plan.sent_bytes, "link": plan.link},
         },
         "chosen": chosen_values(plan),
+        "layout": plan.layout,
+        "enough_gpus": plan.enough,
         "reasons": {key.removeprefix("train."): why for key, why in plan.reasons.items()},
         "device": {"name": plan.device, "available_bytes": plan.available_bytes},
         "work": {key: getattr(plan, key) for key in WORK},

@@ -171,11 +171,14 @@ def quantity(number: int) -> str:
 
 
 @contextmanager
-def bar(console: Console, title: str, total: int | None, done: int = 0) -> Iterator[Advance]:
+def bar(console: Console | None, title: str, total: int | None, done: int = 0) -> Iterator[Advance]:
     """Shows a bar with an ETA on a terminal, elsewhere a line every ten seconds.
 
-    `total` is None if it is unknown.
+    `total` is None if it is unknown. Shows nothing without a console.
     """
+    if console is None:
+        yield lambda n=1, note="": None
+        return
     if not console.is_terminal:
         yield _print_lines(console, title, total, done)
         return

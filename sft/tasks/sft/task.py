@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from torch import nn
 
 from sft.config.load import with_values
 from sft.config.lora import Tuning
-from sft.config.schema import Config, Generation
+from sft.config.schema import Config, Generation, Model
 from sft.data import audit, audit_report, cache, files, template
 from sft.data.batches import Budget, global_batch_ids
 from sft.data.cache import Prepared
@@ -34,7 +34,7 @@ from sft.models.cut import CannotCut, Cutting
 from sft.models.groups import freeze_groups
 from sft.models.reach import freeze_untrained
 from sft.models.sequences import SequenceGroup, find_difference, most_tokens
-from sft.models.sizes import read_sizes
+from sft.models.sizes import Sizes, read_sizes
 from sft.models.weights import Weights
 from sft.runtime.console import write_json
 from sft.runtime.plain import read_json
@@ -56,6 +56,16 @@ def _needs_whole_weights(tuning: Tuning) -> bool:
     lora = tuning.lora
     computed = lora.changes_base or lora.init_lora_weights in ("loftq", "eva")
     return tuning.mode != "full" and (computed or (lora.use_dora and tuning.mode == "qlora"))
+
+
+@lru_cache(maxsize=64)
+def _read_sizes(model: str, _: int | None) -> tuple[Sizes, float]:
+    """Returns the sizes of a model, and the most tokens of a row that processes can share.
+
+    `model`: its section of the configuration; the time of its file, if any, belongs to the key.
+    """
+    architecture = pretrained.architecture(Model.model_validate_json(model))
+    return read_sizes(architecture), most_tokens(architecture)
 
 
 class FineTune(Passes):
@@ -100,8 +110,9 @@ class FineTune(Passes):
 
     @classmethod
     def info(cls, config: Config) -> TaskInfo:
-        architecture = pretrained.architecture(config.model)
-        sizes = read_sizes(architecture)
+        file = Path(config.model.name, "config.json")
+        stamp = file.stat().st_mtime_ns if file.is_file() else None
+        sizes, most_shared = _read_sizes(config.model.model_dump_json(), stamp)
         return TaskInfo(
             sizes,
             Path(config.data.cache_dir),
@@ -111,7 +122,7 @@ class FineTune(Passes):
             repeats=not (config.tuning.differs_by_layer or config.train.differs_by_layer),
             needs_global_batch=cls.balance_of(config) is not None,
             starts_split=not _needs_whole_weights(config.tuning),
-            most_shared_tokens=most_tokens(architecture),
+            most_shared_tokens=most_shared,
         )
 
     @classmethod
