@@ -134,10 +134,11 @@ def test_the_most_common_label_is_compared_on_the_same_examples(tmp_path):
         predictions.append([record | {"answer": record["reference"]}])
     scored = strategies.score_labels(predictions.path, KNOWN)
     constant = strategies.score_labels(predictions.path, KNOWN, "hateful")
-    found = strategies.compare_paired(constant, scored)["accuracy"]
+    all_against = strategies.compare_with_constant(constant, {"x": scored, "y": constant})
+    found, same = all_against["x", "accuracy"], all_against["y", "accuracy"]
     assert (found.value_a, found.value_b, found.verdict) == (0.75, 1.0, "better")
-    same = strategies.compare_paired(constant, constant)["accuracy"]
     assert (same.difference, same.verdict) == (0.0, "not distinguishable")
+    assert found.adjusted_p == pytest.approx(4 * found.p_value)  # two strategies, two scores
 
 
 # --- bad input -----------------------------------------------------------------------------------

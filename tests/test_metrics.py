@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
-from scipy.stats import binom, bootstrap
+from scipy.stats import binomtest, permutation_test
 from sklearn.metrics import classification_report
 
 from sft.errors import UserError
@@ -480,69 +481,91 @@ def matches(right) -> list[tuple[str, str]]:
     return [("5" if each else "6", "5") for each in right]
 
 
-def test_an_interval_is_that_of_the_bootstrap_of_scipy():
-    right = np.random.default_rng(0).random(400) < 0.3
-    low, high = tallied(matches(right), ["numeric_match"]).intervals()["numeric_match"]
-    expected = bootstrap(
-        (right.astype(float),), np.mean, method="percentile", n_resamples=1000, rng=0
-    ).confidence_interval
-    assert (low, high) == pytest.approx(expected, abs=1e-12)
+def test_a_share_has_the_interval_of_wilson():
+    tally = tallied(matches([1] * 12 + [0] * 8), ["exact_match", "json_valid"])
+    expected = binomtest(12, 20).proportion_ci(method="wilson")
+    found = tally.intervals()
+    assert found["exact_match"] == pytest.approx(tuple(expected), abs=1e-6)
+    assert found["json_valid"] == pytest.approx((0.8389, 1), abs=1e-4)  # all of 20
 
 
-def test_an_interval_is_that_of_the_binomial_distribution():
-    """Which the share of right answers in a resample has."""
-    right = np.random.default_rng(0).random(2000) < 0.3
-    low, high = tallied(matches(right), ["exact_match"]).intervals()["exact_match"]
-    expected = binom(2000, right.mean()).ppf([0.025, 0.975]) / 2000
-    assert (low, high) == pytest.approx(expected, abs=0.003)  # a standard error is 0.01
+def test_labels_have_the_intervals_of_their_shares():
+    pairs = [("a", "a")] * 12 + [("b", "a")] * 4 + [("b", "b")] * 3 + [("?", "c")]
+    found = tallied(pairs, ["classification"], labels=["a", "b", "c"]).intervals()
+    counts = {
+        "accuracy": (15, 20),
+        "precision/a": (12, 12),
+        "recall/a": (12, 16),
+        "precision/b": (3, 7),
+        "recall/b": (3, 3),
+        "recall/c": (0, 1),
+    }
+    for name, (right, num) in counts.items():
+        expected = binomtest(right, num).proportion_ci(method="wilson")
+        assert found[name] == pytest.approx(tuple(expected), abs=1e-6)
+    low, high = binomtest(12, 16).proportion_ci(method="wilson")  # 12 / (12 + 4 wrong)
+    assert found["f1/a"] == pytest.approx((2 * low / (1 + low), 2 * high / (1 + high)), abs=1e-6)
+    assert found["precision/c"] == (0, 1)  # never answered
+    assert not any("macro" in name for name in found)  # c has one row
+
+
+def test_a_macro_score_has_an_interval_if_each_label_has_ten_references():
+    rare = [("a", "a")] * 30 + [("b", "b")] * 9
+    enough = [*rare, ("a", "b")]
+    tallies = [tallied(pairs, ["classification"], labels=["a", "b"]) for pairs in (rare, enough)]
+    assert ["macro_f1" in tally.intervals() for tally in tallies] == [False, True]
+    low, high = tallies[1].intervals()["macro_f1"]
+    assert 0 < low < tallies[1].values()["macro_f1"] < high <= 1
+    row = scores.compare_tallies(tallies[0], tallies[0])["macro_f1"]
+    assert (row.low, row.high, row.p_value) == (None, None, 1)
+
+
+def test_a_standard_error_is_that_of_its_formula():
+    rows = np.random.default_rng(0).random(400)
+    (found,) = scores._standard_errors(lambda counts: (counts @ rows / 400)[None], 400)
+    assert found == pytest.approx(rows.std(ddof=1) / 20, rel=0.08)  # of 1,000 resamples
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("num", [1, 2, 7])
-def test_an_interval_of_equal_examples_has_no_width(name, num):
-    for answer in ("5", "6", None):
-        tally = tallied([(answer, "5")] * num, [name], labels=["5", "6"])
-        for key, interval in tally.intervals().items():
-            assert interval == pytest.approx((tally.values()[key],) * 2, rel=1e-12)
-        for row in scores.compare_tallies(tally, tally).values():
-            assert (row.low, row.high, row.verdict) == (0, 0, "not distinguishable")
+def test_an_interval_of_equal_examples_has_a_width(name):
+    for num in (1, 2, 12):
+        for answer in ("5", "6", None):
+            tally = tallied([(answer, "5")] * num, [name], labels=["5", "6"])
+            values, most = tally.values(), 100 if name in ("bleu", "chrf") else 1
+            for key, (low, high) in tally.intervals().items():
+                assert 0 <= low <= values[key] <= high <= most
+                assert high - low > most / (num + 4)
+            for row in scores.compare_tallies(tally, tally).values():
+                assert (row.difference, row.adjusted_p) == (0, 1)
+                assert row.verdict == "not distinguishable"
 
 
-@pytest.mark.filterwarnings("error")
-def test_an_interval_of_two_examples_spans_both():
-    tally = tallied(matches([0, 1]), ["exact_match", "chrf"])
-    assert tally.intervals() == {"exact_match": (0, 1), "chrf": (0, 100)}
+def runs(a, b) -> list[Tally]:
+    return [tallied(matches(each), ["exact_match"]) for each in (a, b)]
 
 
-def test_an_interval_holds_the_true_value_95_times_of_100():
-    drawn, truth, covered = np.random.default_rng(1), 0.3, 0
-    for _ in range(200):
-        tally = tallied(matches(drawn.random(100) < truth), ["exact_match"])
-        low, high = tally.intervals()["exact_match"]
-        covered += low <= truth <= high
-    assert 0.91 <= covered / 200 <= 0.98
+def test_a_p_value_of_matches_is_that_of_the_exact_test_of_mcnemar():
+    a, b = [0] * 12 + [1] * 30, [1] * 10 + [0] * 2 + [1] * 27 + [0] * 3  # 10 gained, 3 lost
+    found = scores.compare_tallies(*runs(a, b))["exact_match"]
+    assert found.p_value == pytest.approx(binomtest(3, 13).pvalue, abs=0.01)
+    assert found.difference == pytest.approx(7 / 42)
+    assert found.low < found.difference < found.high
 
 
-def test_a_difference_is_that_of_the_paired_bootstrap_of_scipy():
+def test_a_p_value_of_any_score_is_that_of_the_permutation_test_of_scipy():
     drawn = np.random.default_rng(2)
-    a = drawn.random(400) < 0.5
-    b = np.where(drawn.random(400) < 0.8, a, drawn.random(400) < 0.6)
-    tallies = [tallied(matches(each), ["exact_match"]) for each in (a, b)]
-    found = scores.compare_tallies(*tallies)["exact_match"]
-    expected = bootstrap(
-        (a.astype(float), b.astype(float)),
-        lambda a, b, axis: np.mean(b, axis) - np.mean(a, axis),
-        paired=True,
-        method="percentile",
-        n_resamples=1000,
-        rng=0,
-    ).confidence_interval
-    assert (found.low, found.high) == pytest.approx(expected, abs=1e-12)
-    assert found.difference == pytest.approx(found.value_b - found.value_a)
-    assert found.value_a == tallies[0].values()["exact_match"]
-    unpaired = sum(np.diff(tally.intervals()["exact_match"])[0] ** 2 for tally in tallies) ** 0.5
-    assert found.high - found.low < 0.6 * unpaired
+    tallies, kept = [], []
+    for shift in (0, 0.1):
+        tally = Tally(["rouge_l"])
+        kept.append(np.round(np.clip(drawn.random(11) + shift, 0, 1) / GRID) * GRID)
+        tally.rows = np.stack([np.arange(11), kept[-1]], axis=1)
+        tallies.append(tally)
+    expected = permutation_test(
+        kept, lambda a, b, axis: np.mean(b - a, axis), permutation_type="samples", vectorized=True
+    )
+    found = scores.compare_tallies(*tallies)["rouge_l"]
+    assert found.p_value == pytest.approx(expected.pvalue, abs=0.015)
 
 
 @pytest.mark.parametrize(
@@ -553,20 +576,24 @@ def test_a_difference_is_that_of_the_paired_bootstrap_of_scipy():
         ([0] * 20 + [1] * 30, [1] * 30 + [0] * 20, "not distinguishable"),
         ([1] * 50, [1] * 50, "not distinguishable"),
         ([0] * 6, [1] * 6, "better"),
-        ([0] * 5, [1] * 5, "not distinguishable"),  # chance does that once in 16
+        ([0] * 5 + [1] * 95, [1] * 100, "not distinguishable"),  # chance does that once in 16
     ],
 )
-def test_a_verdict_is_given_where_the_whole_interval_is_on_one_side(a, b, verdict):
-    tallies = [tallied(matches(each), ["exact_match"]) for each in (a, b)]
-    assert scores.compare_tallies(*tallies)["exact_match"].verdict == verdict
+def test_a_verdict_needs_a_difference_that_chance_rarely_gives(a, b, verdict):
+    assert scores.compare_tallies(*runs(a, b))["exact_match"].verdict == verdict
 
 
-def test_a_verdict_is_withheld_where_few_examples_differ():
-    a, b = ([0] * 5 + [1] * 95), [1] * 100
-    tallies = [tallied(matches(each), ["exact_match"]) for each in (a, b)]
-    assert scores.compare_tallies(*tallies)["exact_match"].verdict == "better"
-    reported = scores.compare_tallies(*tallies, num_differing={"exact_match": 5})["exact_match"]
-    assert (reported.verdict, reported.low > 0) == ("not distinguishable", True)
+def test_a_verdict_among_many_needs_more():
+    alone = scores.compare_tallies(*runs([0] * 6, [1] * 6))["exact_match"]
+    same = scores.compare_tallies(*runs([1] * 6, [1] * 6))["exact_match"]
+    assert (alone.verdict, alone.adjusted_p) == ("better", alone.p_value)
+    assert alone.p_value == pytest.approx(1 / 32, abs=0.006)
+    found = scores.judge({"x": same, "y": alone, "z": same})
+    assert list(found) == ["x", "y", "z"]
+    assert found["y"].adjusted_p == pytest.approx(3 * alone.p_value)
+    assert (found["y"].verdict, found["y"].p_value) == ("not distinguishable", alone.p_value)
+    (border,) = scores.judge({"x": replace(alone, p_value=0.05)}).values()  # must be below
+    assert border.verdict == "not distinguishable"
 
 
 def test_tallies_of_other_examples_are_not_compared():

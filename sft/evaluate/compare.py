@@ -79,8 +79,7 @@ def compare(a: Path, b: Path, metrics: Sequence[str], labels: Sequence[str] = ()
                 differing.append(Pair(at_a, at_b, scores_a, scores_b))
     num = tally_a.num_examples
     wins = {metric: _count_wins(differing, metric, num) for metric in metrics}
-    num_differing = {metric: num - count.tied for metric, count in wins.items()}
-    return Comparison(a, b, num, compare_tallies(tally_a, tally_b, num_differing), wins, differing)
+    return Comparison(a, b, num, compare_tallies(tally_a, tally_b), wins, differing)
 
 
 def _add(tally: Tally, example: Record, record: Record, file: Path) -> ExampleScores:
@@ -208,19 +207,26 @@ def differing_examples(found: Comparison, num: int | None = None) -> Iterator[di
 
 
 def difference_table(title: str, found: dict[str, Difference], a: str, b: str) -> Table:
-    """Returns a table of the values of `a` and `b`, and b - a with its 95 % interval."""
+    """Returns a table of the values of `a` and `b`, and b - a with its interval and verdict."""
     rows = (
         (
             Text(beginning(name)),
             f"{row.value_a:.4g}",
             f"{row.value_b:.4g}",
             f"{row.difference:+.4g}",
-            f"{row.low:+.3g} to {row.high:+.3g}",
+            "" if row.low is None else f"{row.low:+.3g} to {row.high:+.3g}",
+            f"{row.adjusted_p:.2g}",
             colour_verdict(row.verdict),
         )
         for name, row in found.items()
     )
-    return table(title, ("metric", a, b, f"{b} - {a}", "95 % interval", f"{b} is"), rows)
+    columns = ("metric", a, b, f"{b} - {a}", "95 % interval", "p", f"{b} is")
+    return table(title, columns, rows, note=describe_verdicts(len(found)))
+
+
+def describe_verdicts(num: int) -> str:
+    """Returns the note below a table of so many verdicts."""
+    return f"a verdict needs p < 0.05, adjusted for {num} comparisons (Holm)"
 
 
 def colour_verdict(verdict: Verdict) -> Text:

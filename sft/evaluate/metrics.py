@@ -8,6 +8,8 @@ A measure has a `size`, the number of statistics per example. `measure(answer, r
 returns an example's score and statistics, and raises UserError for a reference that it cannot use.
 `values(rows, counts)` returns values [resamples] by name: `rows` [examples, size] are
 statistics, and `counts` [resamples, examples] says how often each example is in a resample.
+`supports(rows)` returns by name how many examples a value is computed from; None if they are too
+few for an interval. `shares(rows)` returns intervals of values that are shares of these examples.
 
 A higher score is better for every metric. `bleu` and `chrf` go up to 100, as in sacrebleu, all
 others to 1. The answer None means a failure: it scores 0 and is counted.
@@ -30,13 +32,16 @@ import numpy as np
 
 from sft.config.schema import MetricName
 from sft.errors import UserError, shorten, suggest
+from sft.evaluate.intervals import Interval, wilson, wilson_f1
 from sft.evaluate.labels import label_of
 
 NAMES: tuple[str, ...] = get_args(MetricName)
+FEWEST_OF_A_LABEL = 10  # references of each label that an interval of a macro score needs
 GRID = 2.0**-30  # step of fractional scores: 1e-9; sums below 2**23 stay exact
 FAILURE = "(none of them)"  # stands for an answer without a label
 Measured = tuple[float, Sequence[float]]  # score of an example by itself, its statistics
 Values = dict[str, np.ndarray]
+Supports = dict[str, int | None]
 Verdict = Literal["better", "worse", "not distinguishable"]
 
 
@@ -47,6 +52,7 @@ class Mean:
     name: str
     score: Callable[[str, str, str], float]
     size: int = 1
+    most: int = 1
 
     def measure(self, answer: str | None, reference: str, prompt: str) -> Measured:
         score = self.score(answer or "", reference, prompt)  # checks the reference, too
@@ -54,7 +60,15 @@ class Mean:
         return score, [round(score / GRID) * GRID]
 
     def values(self, rows: np.ndarray, counts: np.ndarray) -> Values:
-        return {self.name: counts @ rows[:, 0] / len(rows)}
+        return {self.name: counts @ rows[:, 0] / counts.sum(axis=1)}
+
+    def supports(self, rows: np.ndarray) -> Supports:
+        return {self.name: len(rows)}
+
+    def shares(self, rows: np.ndarray) -> dict[str, Interval]:
+        if self.name not in MATCHES:
+            return {}
+        return {self.name: wilson(rows[:, 0].sum() / max(1, len(rows)), len(rows))}
 
 
 def exact_match(answer: str, reference: str, *_: str) -> float:
@@ -240,7 +254,7 @@ class Sacrebleu:
         from sacrebleu.metrics import BLEU, CHRF
         from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a, TokenizerRegexp
 
-        self.name = name
+        self.name, self.most = name, 100
         self._corpus: Any
         self._single: Any
         self._caches = [Tokenizer13a.__call__, TokenizerRegexp.__call__]
@@ -262,6 +276,12 @@ class Sacrebleu:
         scores = [self._corpus._compute_score_from_stats(each).score for each in sums]
         return {self.name: np.array(scores)}
 
+    def supports(self, rows: np.ndarray) -> Supports:
+        return {self.name: len(rows)}
+
+    def shares(self, rows: np.ndarray) -> dict[str, Interval]:
+        return {}
+
 
 class Classification:
     """Scores from the confusion counts [label of the reference, label of the answer or FAILURE].
@@ -270,7 +290,7 @@ class Classification:
     An example's score is 1 or 0; its statistic is the index of its cell.
     """
 
-    size = 1
+    size = most = 1
 
     def __init__(self, labels: Sequence[str]) -> None:
         names = [label.strip() for label in labels]
@@ -293,19 +313,42 @@ class Classification:
         return float(given == truth), [self.labels.index(truth) * (num + 1) + column]
 
     def values(self, rows: np.ndarray, counts: np.ndarray) -> Values:
-        tables = (self._table(rows, each) for each in counts)
-        sums = [[t.diagonal(), t.sum(axis=1), t[:, :-1].sum(axis=0)] for t in tables]
-        right, truth, given = np.array(sums).transpose(1, 0, 2)  # [resamples, labels] each
+        right, truth, given = self._count(rows, counts)
         kinds = {
             "precision": _ratio(right, given),
             "recall": _ratio(right, truth),
             "f1": _ratio(2 * right, given + truth),
         }
-        found = {"accuracy": right.sum(axis=1) / len(rows)}
+        found = {"accuracy": right.sum(axis=1) / counts.sum(axis=1)}
         found |= {f"macro_{kind}": each.mean(axis=1) for kind, each in kinds.items()}
         for place, label in enumerate(self.labels):
             found |= {f"{kind}/{label}": each[:, place] for kind, each in kinds.items()}
         return found
+
+    def supports(self, rows: np.ndarray) -> Supports:
+        right, truth, given = self._count(rows, np.ones((1, len(rows)))).astype(int)[:, 0].tolist()
+        found: Supports = {"accuracy": len(rows)}
+        enough = len(rows) if min(truth) >= FEWEST_OF_A_LABEL else None
+        found |= {f"macro_{kind}": enough for kind in ("precision", "recall", "f1")}
+        for label, own, of_truth, of_given in zip(self.labels, right, truth, given, strict=True):
+            found |= {f"precision/{label}": of_given, f"recall/{label}": of_truth}
+            found[f"f1/{label}"] = of_truth + of_given - own
+        return found
+
+    def shares(self, rows: np.ndarray) -> dict[str, Interval]:
+        right, truth, given = self._count(rows, np.ones((1, len(rows))))[:, 0].tolist()
+        found = {"accuracy": wilson(sum(right) / max(1, len(rows)), len(rows))}
+        for label, own, of_truth, of_given in zip(self.labels, right, truth, given, strict=True):
+            found[f"precision/{label}"] = wilson(own / max(1, of_given), of_given)
+            found[f"recall/{label}"] = wilson(own / max(1, of_truth), of_truth)
+            found[f"f1/{label}"] = wilson_f1(own, of_truth + of_given - 2 * own)
+        return found
+
+    def _count(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Returns numbers [3, resamples, labels] of right, of true and of given labels."""
+        tables = (self._table(rows, each) for each in counts)
+        sums = [[t.diagonal(), t.sum(axis=1), t[:, :-1].sum(axis=0)] for t in tables]
+        return np.array(sums).transpose(1, 0, 2)
 
     def _table(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Returns confusion counts [label of the reference, label of the answer or FAILURE]."""
@@ -337,6 +380,7 @@ MEANS: dict[str, Callable[[str, str, str], float]] = {
     "rouge_l": rouge_l,
     "sari": lambda answer, reference, prompt: sari(prompt, answer, [reference]),
 }
+MATCHES = ("exact_match", "normalised_match", "numeric_match", "json_valid")  # each 0 or 1
 Measure = Mean | Sacrebleu | Classification
 
 

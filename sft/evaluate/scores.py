@@ -1,29 +1,31 @@
 """Scores all answers together, with 95 % intervals, and compares the scores of two runs.
 
-Intervals are percentiles of `scipy.stats.bootstrap` over the examples. SciPy's BCa method would
-correct bias and skew. But its time grows with the square of the number of examples, and it gives no
-interval if all examples score the same. Two runs are compared on the same resamples (paired).
+Shares have Wilson's interval. All other scores have one by their standard error, from
+`scipy.stats.bootstrap` over the examples (`sft/evaluate/intervals.py`). Percentiles of resamples
+are too narrow: they never leave what the examples show. Two runs are compared on the same resamples
+(paired), and a verdict takes into account how many verdicts are in its table.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from sft.errors import UserError
-from sft.evaluate.metrics import Classification, Measure, Verdict, make_measure
+from sft.evaluate.intervals import ALPHA, Interval, bounded, holm
+from sft.evaluate.metrics import Classification, Measure, Supports, Verdict, make_measure
 
 RESAMPLES = 1000
 AT_ONCE = 2**20  # examples that are drawn at once, over several resamples: about 40 MB
-# Examples that must score differently for a verdict. If two runs are equally good and only five
-# examples differ, all five favour the same run with a probability of 6 %.
-FEWEST_DIFFERING = 6
+EXCHANGES = 9999  # of answers between two runs: p-values from 0.0001, so Holm has room for 500
+TIE = 1e-9  # differences that are this close are equal but for rounding
+Key = TypeVar("Key", bound=Hashable)
 ALWAYS_REPORTED = ("num_examples", "metrics", "intervals")  # even if they are empty
 
 
@@ -95,18 +97,27 @@ class Tally:
         found = self._values(self.rows, np.ones((1, self.num_examples)))
         return {name: float(values[0]) for _, name, values in found}
 
-    def intervals(self) -> dict[str, tuple[float, float]]:
-        """Returns 95 % intervals by name; of zero width if all examples score the same."""
+    def intervals(self) -> dict[str, Interval]:
+        """Returns 95 % intervals by name, but for scores with too few examples for one."""
         rows = self.rows
-        found = _intervals(lambda counts: self._stack_values(rows, counts), len(rows)).tolist()
-        return {name: (low, high) for name, (low, high) in zip(self.values(), found, strict=True)}
+        errors = _standard_errors(lambda counts: self._stack_values(rows, counts), len(rows))
+        supports, shares = self._supports(rows), self._shares(rows)
+        found = {}
+        for (measure, name, values), error in zip(
+            self._values(rows, np.ones((1, len(rows)))), errors.tolist(), strict=True
+        ):
+            if name in shares:
+                found[name] = shares[name]
+            elif (num := supports[name]) is not None:
+                found[name] = bounded(float(values[0]), error, num, 0, measure.most)
+        return found
 
     def confusion(self) -> dict[str, dict[str, int]]:
         """Returns numbers of examples: {label of the reference: {label of the answer: number}}.
 
         It is empty without `classification`.
         """
-        for _, measure, part in self._parts(self.rows):
+        for measure, part in self._parts(self.rows):
             if isinstance(measure, Classification):
                 return measure.confusion(part)
         return {}
@@ -122,20 +133,26 @@ class Tally:
         }
         return {name: value for name, value in found.items() if value or name in ALWAYS_REPORTED}
 
-    def _parts(self, rows: np.ndarray) -> Iterator[tuple[str, Measure, np.ndarray]]:
-        """Yields (metric, measure, the measure's columns of `rows`)."""
+    def _parts(self, rows: np.ndarray) -> Iterator[tuple[Measure, np.ndarray]]:
+        """Yields (measure, the measure's columns of `rows`)."""
         start = 1
-        for metric, measure in self._measures.items():
-            yield metric, measure, rows[:, start : start + measure.size]
+        for measure in self._measures.values():
+            yield measure, rows[:, start : start + measure.size]
             start += measure.size
 
     def _values(
         self, rows: np.ndarray, counts: np.ndarray
-    ) -> Iterator[tuple[str, str, np.ndarray]]:
-        """Yields (metric, name, values [resamples]); nothing if there are no examples."""
-        for metric, measure, part in self._parts(rows) if len(rows) else ():
+    ) -> Iterator[tuple[Measure, str, np.ndarray]]:
+        """Yields (measure, name, values [resamples]); nothing if there are no examples."""
+        for measure, part in self._parts(rows) if len(rows) else ():
             for name, values in measure.values(part, counts).items():
-                yield metric, name, values
+                yield measure, name, values
+
+    def _supports(self, rows: np.ndarray) -> Supports:
+        return {k: v for each, part in self._parts(rows) for k, v in each.supports(part).items()}
+
+    def _shares(self, rows: np.ndarray) -> dict[str, Interval]:
+        return {k: v for each, part in self._parts(rows) for k, v in each.shares(part).items()}
 
     def _stack_values(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Returns values [names, resamples]."""
@@ -143,14 +160,14 @@ class Tally:
         return np.array(found).reshape(-1, len(counts))
 
 
-def _intervals(evaluate: Callable[[np.ndarray], np.ndarray], num_examples: int) -> np.ndarray:
-    """Returns 95 % intervals [names, 2].
+def _standard_errors(evaluate: Callable[[np.ndarray], np.ndarray], num_examples: int) -> np.ndarray:
+    """Returns standard errors [names] by bootstrap over the examples; 0 for less than two examples.
 
     `evaluate` maps counts [resamples, examples] to values [names, resamples]. A count says how
     often a resample has an example.
     """
-    if num_examples < 2:  # every resample is the sample
-        return evaluate(np.ones((1, num_examples))).repeat(2, axis=1)
+    if num_examples < 2:
+        return evaluate(np.ones((1, num_examples)))[:, 0] * 0
     from scipy.stats import bootstrap
 
     def statistic(places: np.ndarray, axis: int) -> np.ndarray:
@@ -159,7 +176,7 @@ def _intervals(evaluate: Callable[[np.ndarray], np.ndarray], num_examples: int) 
         counts = np.bincount(bins.ravel(), minlength=bins.size).reshape(bins.shape)
         return evaluate(counts.astype(float))
 
-    low, high = bootstrap(
+    return bootstrap(
         (np.arange(num_examples),),
         statistic,
         vectorized=True,
@@ -167,43 +184,87 @@ def _intervals(evaluate: Callable[[np.ndarray], np.ndarray], num_examples: int) 
         batch=max(1, AT_ONCE // num_examples),
         method="percentile",
         rng=0,
-    ).confidence_interval
-    return np.stack([low, high], axis=1)
+    ).standard_error
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference of `b` from `a` in one metric; `verdict` is about `b`."""
+    """The difference of `b` from `a` in one metric; `verdict` is about `b`.
+
+    Without an interval (see `Measure.supports`) `low` and `high` are None. `p_value` is that of the
+    metric alone, `adjusted_p` that of all metrics of the table (`intervals.holm`). Only the latter
+    decides: with many metrics, one of them has an interval without 0 often enough by chance.
+    """
 
     value_a: float
     value_b: float
     difference: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+    p_value: float
+    adjusted_p: float
     verdict: Verdict
 
 
-def compare_tallies(
-    a: Tally, b: Tally, num_differing: Mapping[str, int] | None = None
-) -> dict[str, Difference]:
-    """Compares two tallies of the same examples by paired bootstrap; returns differences by name.
-
-    `num_differing` says by metric how many examples score differently; None: all. If fewer than
-    FEWEST_DIFFERING do, the verdict is "not distinguishable", since the bootstrap's interval would
-    be too narrow.
-    """
+def compare_tallies(a: Tally, b: Tally) -> dict[str, Difference]:
+    """Compares two tallies of the same examples; returns differences by name, judged together."""
     rows_a, rows_b, num = a.rows, b.rows, a.num_examples
     assert np.array_equal(rows_a[:, 0], rows_b[:, 0]), "not the same examples"
-    bounds = _intervals(
+    errors = _standard_errors(
         lambda counts: b._stack_values(rows_b, counts) - a._stack_values(rows_a, counts), num
     )
     once, found = np.ones((1, num)), {}
-    for (metric, name, of_a), (_, _, of_b), (low, high) in zip(
-        a._values(rows_a, once), b._values(rows_b, once), bounds.tolist(), strict=True
+    supports_a, supports_b = a._supports(rows_a), b._supports(rows_b)
+    for (measure, name, of_a), (_, _, of_b), error, p_value in zip(
+        a._values(rows_a, once),
+        b._values(rows_b, once),
+        errors.tolist(),
+        _p_values(a, rows_a, rows_b),
+        strict=True,
     ):
-        verdict: Verdict = "better" if low > 0 else "worse" if high < 0 else "not distinguishable"
-        if (num if num_differing is None else num_differing[metric]) < FEWEST_DIFFERING:
-            verdict = "not distinguishable"
         value_a, value_b = float(of_a[0]), float(of_b[0])
-        found[name] = Difference(value_a, value_b, value_b - value_a, low, high, verdict)
-    return found
+        difference, most = value_b - value_a, measure.most
+        support_a, support_b = supports_a[name], supports_b[name]
+        low = high = None
+        if support_a is not None and support_b is not None:
+            low, high = bounded(difference, error, min(support_a, support_b), -most, most)
+        found[name] = Difference(
+            value_a, value_b, difference, low, high, p_value, p_value, "not distinguishable"
+        )
+    return judge(found)
+
+
+def judge(found: Mapping[Key, Difference]) -> dict[Key, Difference]:
+    """Returns differences that stand in one table, with adjusted p-values and verdicts."""
+    adjusted = holm({key: each.p_value for key, each in found.items()})
+    judged = {}
+    for key, each in found.items():
+        verdict: Verdict = "better" if each.difference > 0 else "worse"
+        if adjusted[key] >= ALPHA:
+            verdict = "not distinguishable"
+        judged[key] = replace(each, adjusted_p=adjusted[key], verdict=verdict)
+    return judged
+
+
+def _p_values(tally: Tally, rows_a: np.ndarray, rows_b: np.ndarray) -> list[float]:
+    """Returns p-values [names] of the differences, by approximate randomisation.
+
+    If both runs are equally good, exchanging their answers to any example changes nothing. The
+    p-value is the share of exchanges, each example's by a coin, that give at least this difference
+    (Noreen 1989; Riezler and Maxwell 2005). For scores of 0 and 1 this is McNemar's exact test.
+    """
+    differs = (rows_a != rows_b).any(axis=1)
+    rows = np.concatenate([rows_a[differs], rows_b[differs], rows_a[~differs]])
+    num, num_same = int(differs.sum()), len(rows_a) - int(differs.sum())
+
+    def evaluate(exchanged: np.ndarray) -> np.ndarray:
+        same = np.ones((len(exchanged), num_same))
+        of_a = tally._stack_values(rows, np.hstack([~exchanged, exchanged, same]))
+        return tally._stack_values(rows, np.hstack([exchanged, ~exchanged, same])) - of_a
+
+    found = np.abs(evaluate(np.zeros((1, num), dtype=bool)))
+    at_least, rng = np.ones(len(found)), np.random.default_rng(0)  # the exchange of nothing
+    for start in range(0, EXCHANGES, batch := max(1, AT_ONCE // max(1, len(rows)))):
+        exchanged = rng.random((min(batch, EXCHANGES - start), num)) < 0.5
+        at_least += (np.abs(evaluate(exchanged)) >= found - TIE).sum(axis=1)
+    return (at_least / (1 + EXCHANGES)).tolist()

@@ -81,12 +81,15 @@ def table(
     *,
     left: int = 1,
     lines: bool = False,
+    note: str | None = None,
 ) -> Table:
     """Returns a table within `WIDTH` columns; all but the first `left` columns are right-aligned.
 
-    `lines` draws lines between rows and wraps every column, for texts of any length.
+    `lines` draws lines between rows and wraps every column, for texts of any length. `note` stands
+    below.
     """
     result = Table(title=title, title_justify="left", show_lines=lines, pad_edge=lines)
+    result.caption, result.caption_justify = note, "left"
     result.box = result.box if lines else None
     for number, column in enumerate(columns):
         justify: Literal["left", "right"] = "left" if number < left else "right"

@@ -1,8 +1,8 @@
 """Asks a model for labels, strategy by strategy, and scores what it answers.
 
 An answer without a label is a failure: it counts as wrong, and failures are also counted. Each
-accuracy is compared with that of always giving the most common label, and a tuned model with the
-model before, by the same strategy. Both comparisons are paired, on the same examples.
+strategy is compared with always giving the most common label, and a tuned model with the model
+before, by the same strategy. Both comparisons are paired, on the same examples.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sft.evaluate import compare
 from sft.evaluate.answers import Question, groups_table
 from sft.evaluate.metrics import FAILURE
 from sft.evaluate.predictions import Predictions, read_records
-from sft.evaluate.scores import Difference, Tally, compare_tallies
+from sft.evaluate.scores import Difference, Tally, compare_tallies, judge
 from sft.runtime.console import facts, table, write_json
 from sft.runtime.log import Log
 from sft.runtime.output import visible
@@ -36,10 +36,9 @@ SHOWN = ("accuracy", "macro_f1")
 
 @dataclass(frozen=True)
 class LabelScores:
-    """Scores of answers as labels. `right` has, for each example in order, 1 if it is right."""
+    """Scores of answers as labels."""
 
     tally: Tally
-    right: list[float]
     num_errors: int  # examples that could not be asked; they count as failures, too
 
     def report(self) -> dict[str, Any]:
@@ -50,7 +49,7 @@ class LabelScores:
             own["num_failed"] = _count_failures(self.tally.groups[name])
         return {
             "num_failed": num_failed,
-            "share_failed": num_failed / len(self.right),
+            "share_failed": num_failed / self.tally.num_examples,
             "num_errors": self.num_errors,
             **found,
         }
@@ -58,19 +57,20 @@ class LabelScores:
 
 def score_labels(path: Path, labels: list[str], constant: str | None = None) -> LabelScores:
     """Returns the scores of a finished file of predictions, or of `constant` as every answer."""
-    tally, right, num_errors = Tally([METRIC], labels), [], 0
+    tally, num_errors = Tally([METRIC], labels), 0
     for record in read_records(path):
         answer, group = constant or record["answer"], None if constant else record.get("group")
         num_errors += answer is None
-        scores = tally.add(record["index"], answer, record["reference"], group=group)
-        right.append(scores[METRIC])
-    return LabelScores(tally, right, num_errors)
+        tally.add(record["index"], answer, record["reference"], group=group)
+    return LabelScores(tally, num_errors)
 
 
-def compare_paired(a: LabelScores, b: LabelScores) -> dict[str, Difference]:
-    """Returns the differences of `b` from `a` on the same examples."""
-    num_differing = sum(x != y for x, y in zip(a.right, b.right, strict=True))
-    return compare_tallies(a.tally, b.tally, {METRIC: num_differing})
+def compare_with_constant(
+    constant: LabelScores, found: dict[str, LabelScores]
+) -> dict[tuple[str, str], Difference]:
+    """Returns differences of each strategy's scores by (strategy, score), judged together."""
+    pairs = {name: compare_tallies(constant.tally, own.tally) for name, own in found.items()}
+    return judge({(name, key): each[key] for name, each in pairs.items() for key in SHOWN})
 
 
 def _count_failures(tally: Tally) -> int:
@@ -139,17 +139,19 @@ def _report_scores(
     majority = {"label": common, **constant.tally.report()}
     first: list[str | Text] = [f"always {visible(common)}", *_show_scores(majority), "", ""]
     shown = [first]
+    against = compare_with_constant(constant, found)
     for name, own in found.items():
-        against, report = compare_paired(constant, own), own.report()
+        report = own.report()
         values = {"strategy": name, "part": settings.part, **report, "majority": majority}
-        values["against_majority"] = {key: vars(each) for key, each in against.items()}
+        values["against_majority"] = {key: vars(against[name, key]) for key in SHOWN}
         write_json(folder / name / "metrics.json", values)
         failed = f"{report['num_failed']:,} ({report['share_failed']:.1%})"
-        verdict = compare.colour_verdict(against["accuracy"].verdict)
+        verdict = compare.colour_verdict(against[name, SHOWN[0]].verdict)
         shown.append([name, *_show_scores(report), failed, verdict])
     title = "Scores (95 % intervals; failures count as wrong)"
-    columns = ("strategy", "accuracy", "macro F1", "failed", "than the majority")
-    log.say(table(title, columns, shown))
+    columns = ("strategy", "accuracy", "macro F1", "failed", "accuracy is")
+    note = f"against always {visible(common)}; {compare.describe_verdicts(len(against))}"
+    log.say(table(title, columns, shown, note=note))
     if settings.group:
         log.say(_groups_table(settings.group, found))
     log.say(f"results: {folder}/<strategy>/ (metrics.json, predictions.jsonl)")
@@ -157,8 +159,9 @@ def _report_scores(
 
 def _show_scores(report: dict[str, Any]) -> Iterator[str]:
     for name in SHOWN:
-        low, high = report["intervals"][name]
-        yield f"{report['metrics'][name]:.3f} ({low:.2f} to {high:.2f})"
+        low, high = report["intervals"].get(name, (None, None))
+        interval = "" if low is None else f" ({low:.2f} to {high:.2f})"
+        yield f"{report['metrics'][name]:.3f}{interval}"
 
 
 def _groups_table(column: str, found: dict[str, LabelScores]) -> Table:

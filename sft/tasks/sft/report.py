@@ -59,7 +59,7 @@ def _groups_table(config: Config, results: dict[str, Any]) -> Iterator[Table]:
     groups = results.get("groups")
     if not groups:
         return
-    names = [name for name in results["intervals"] if "/" not in name]
+    names = [name for name in next(iter(groups.values()))["metrics"] if "/" not in name]
 
     def cell(metric: str, group: str) -> str:
         return f"{groups[group]['metrics'][metric]:.4g}"

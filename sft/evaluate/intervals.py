@@ -1,0 +1,74 @@
+"""95 % intervals of scores, one function for each kind, and verdicts that hold in a table of many.
+
+docs/INFER.md says which score has which.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping
+from typing import TypeVar
+
+LEVEL = 0.95
+ALPHA = 0.05  # a verdict needs a smaller adjusted p-value
+Z = 1.959964  # quantile of the normal distribution that leaves 5 % outside
+Interval = tuple[float, float]
+Key = TypeVar("Key", bound=Hashable)
+
+
+def wilson(share: float, num: float, quantile: float = Z) -> Interval:
+    """Returns the interval of a share of `num` examples; 0 to 1 without examples.
+
+    It is Wilson's score interval (1927, JASA 22:209). Unlike a bootstrap or the normal
+    approximation it has a width where all examples score the same, and stays within 0 and 1.
+    """
+    if num <= 0:
+        return 0.0, 1.0
+    square = quantile**2 / num
+    center = (share + square / 2) / (1 + square)
+    half = math.sqrt(square * (share * (1 - share) + square / 4)) / (1 + square)
+    return max(0.0, min(share, center - half)), min(1.0, max(share, center + half))
+
+
+def wilson_f1(right: float, others: float) -> Interval:
+    """Returns the interval of the F1 of one label, 2 right / (2 right + others).
+
+    `others`: false positives and false negatives. F1 grows with right / (right + others), which is
+    a share, so its bounds are those of that share.
+    """
+    num = right + others
+    low, high = wilson(right / num if num else 0.0, num)
+    return 2 * low / (1 + low), 2 * high / (1 + high)
+
+
+def bounded(value: float, error: float, num: int, least: float = 0, most: float = 1) -> Interval:
+    """Returns the interval of any score between `least` and `most` with this standard error.
+
+    It is Wilson's for the number of 0/1 scores that would have the same error, as samples with
+    weights have it (Korn and Graubard 1998), with the quantile of
+    Student's t. `num` examples may not show how widely scores vary. So one example more is counted,
+    which varies as much as a score with these bounds can.
+    """
+    from scipy.special import stdtrit  # quantiles of Student's t; `scipy.stats.t` is slow
+
+    if num < 2:
+        return least, most
+    share, error = (value - least) / (most - least), error / (most - least)
+    largest = share * (1 - share)  # variance of a score of 0 or 1 with this mean
+    variance = num * error**2 + largest / num
+    effective = num * largest / variance if variance > 0 else num
+    low, high = wilson(share, effective, float(stdtrit(num - 1, (1 + LEVEL) / 2)))
+    return least + low * (most - least), least + high * (most - least)
+
+
+def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
+    """Returns p-values adjusted for their number (Holm 1979, Scand. J. Statistics 6:65).
+
+    With a verdict wherever one is below 5 %, any false verdict among all is as rare as that.
+    """
+    adjusted: dict[Key, float] = {}
+    largest = 0.0
+    for place, key in enumerate(sorted(p_values, key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[key]))
+        adjusted[key] = largest
+    return {key: adjusted[key] for key in p_values}
