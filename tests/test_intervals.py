@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,6 +14,8 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, t
 
 from sft.evaluate.intervals import bounded, holm, wilson, wilson_f1
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -84,3 +91,13 @@ def test_intervals_hold_the_true_value_about_95_times_of_100():
         low, high = bounded(scores.mean(), scores.std(ddof=1) / 40**0.5, 40)
         held += low <= 13 / 15 <= high
     assert 0.93 <= held / 1000 <= 0.975
+
+
+def test_the_guide_shows_the_coverage_that_was_measured():
+    spec = importlib.util.spec_from_file_location("bench", ROOT / "benchmarks/intervals.py")
+    bench = importlib.util.module_from_spec(spec)
+    sys.modules["bench"] = bench  # dataclasses look it up
+    spec.loader.exec_module(bench)
+    found = json.loads((ROOT / "benchmarks/results/intervals.json").read_text("utf-8"))
+    guide = (ROOT / "docs/INFER.md").read_text("utf-8")
+    assert "\n".join(bench.summary(found["coverage"])) in guide
