@@ -243,7 +243,7 @@ class Planner:
     def copy_bytes(self) -> int:
         """Returns a process's share of the RAM that copies of a checkpoint take on its machine."""
         here = self.per_machine if self.machine.devices else self.world_size
-        return sharding.copy_bytes(self.config, self._group(self.config, False), here)
+        return sharding.copy_bytes(self.config, self.group(self.config, False), here)
 
     @property
     def host_usable_bytes(self) -> float:
