@@ -130,7 +130,7 @@ class Question:
         heads = getattr(sizes, "num_attention_heads", None)
         if not heads or not task_of(self.config).shares_sequences:
             return [1]
-        return [n for n in range(1, self.world_size + 1) if not self.world_size % n]
+        return [n for n in range(1, self.world_size + 1) if not (self.world_size % n or heads % n)]
 
     def plan(self, layout: Layout) -> Plan:
         """Returns the plan of a run with this layout."""
@@ -242,10 +242,10 @@ def _search(question: Question, layouts: list[Layout], advance: Advance) -> list
         elif made.missing_bytes:
             too_large.append(layout)
             # If the lightest of its kind, or of its family, does not fit, none of them does.
-            for is_alike in (layout.resembles, layout.is_in_family_of):
-                alike = [*filter(is_alike, queue)]
-                if alike and sum(map(is_alike, too_large)) == 1:
-                    queue.insert(0, queue.pop(queue.index(max(alike, key=Layout.order))))
+            for is_like in (layout.resembles, layout.is_in_family_of):
+                others = [*filter(is_like, queue)]
+                if others and sum(map(is_like, too_large)) == 1:
+                    queue.insert(0, queue.pop(queue.index(max(others, key=Layout.order))))
     return tried
 
 
