@@ -280,7 +280,7 @@ def _fits_on(question: Question, number: int) -> bool:
 
 
 def _lightest(question: Question) -> list[Layout]:
-    """Returns of each family the layout that takes the least memory."""
+    """Returns the layout of each family that takes the least memory."""
     families = dict[str, Layout]()
     for layout in chain.from_iterable(question.tiers):
         families[layout.family] = max(families.get(layout.family, layout), layout, key=Layout.order)
