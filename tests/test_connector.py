@@ -53,6 +53,15 @@ def test_answers_are_in_order_and_one_at_a_time_they_are_the_same(alone, fresh):
         assert one.usage.total_tokens == one.usage.prompt_tokens + one.usage.completion_tokens
 
 
+def test_its_model_and_tokenizer_are_those_that_answer(fresh):
+    assert fresh.model is fresh.load_model_once().model
+    assert isinstance(fresh.model, torch.nn.Module)
+    messages = worker.conversations()[0]
+    ids = fresh.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    usage = fresh.complete(messages, **worker.SETTINGS).usage
+    assert len(ids) == usage.prompt_tokens
+
+
 def test_what_cannot_be_answered_says_why_in_its_place(alone):
     reported = [answer["error"] for answer in alone[1]["answers"] if answer["error"]]
     assert "content is empty" in reported[0]

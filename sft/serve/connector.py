@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from sft.config.load import make_generation
 from sft.config.schema import Train
@@ -172,6 +173,16 @@ class AccelerateConnector:
             if self._model.tokenizer.chat_template == rendering.DEFAULT_TEMPLATE:
                 self.log.say(f"{self.model_name} has no chat template: uses User: / Assistant:")
         return self._model
+
+    @property
+    def model(self) -> nn.Module:
+        """Returns the model that answers, loaded at the first call. Collective."""
+        return self.load_model_once().model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Returns its tokenizer, loaded with it at the first call. Collective."""
+        return self.load_model_once().tokenizer
 
     def _model_with(self, settings: dict[str, Any]) -> AnswerModel:
         """Returns the model with these settings. Checks them before it loads the model."""
