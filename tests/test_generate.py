@@ -12,6 +12,8 @@ import tiny
 import torch
 from accelerate import Accelerator
 from conftest import ROOT
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -21,6 +23,9 @@ from transformers import (
     MambaConfig,
     PreTrainedModel,
     Qwen2Config,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
 from sft.config.schema import Generation, Model, Train
@@ -148,6 +153,35 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(top_p, top_k):
     expected = torch.zeros(5)
     expected[order] = likely[order] / likely[order].sum()
     assert (found - expected).abs().max() < 1e-3
+
+
+@given(
+    logits=st.lists(st.floats(-6, 6, width=16), min_size=1, max_size=12),
+    temperature=st.floats(0.25, 4),
+    top_k=st.integers(0, 14),
+    top_p=st.floats(0.01, 1),
+)
+@example([1.0, 1.0, 0.0], 1.0, 1, 1.0)  # the last of top_k is tied
+@example([0.0, -0.1, -3.0], 1.0, 2, 0.52)  # the first reaches top_p only among the two
+def test_the_distribution_of_a_token_is_that_of_transformers(logits, temperature, top_k, top_p):
+    """Tied tokens are interchangeable, so probabilities are compared in order of size."""
+    scores, kept = torch.tensor([logits]), TemperatureLogitsWarper(temperature)
+    scores = kept(None, scores)
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(None, scores)
+    reached = scores.double().softmax(-1).sort(descending=True).values.cumsum(-1)
+    assume(top_p == 1 or (reached - top_p).abs().min() > 1e-5)  # else rounding decides
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(None, scores)
+    expected = scores.softmax(-1)[0]
+    number, settings = 2000, Generation(temperature=temperature, top_k=top_k, top_p=top_p)
+    tokens = generate.choose(
+        torch.tensor(logits).expand(number, -1), settings, (torch.arange(number) + 0.5) / number
+    )
+    found = torch.bincount(tokens, minlength=len(logits)) / number
+    assert torch.allclose(found.sort().values, expected.sort().values, atol=1.1 / number)
+    if len(set(logits)) == len(logits):
+        assert set(tokens.tolist()) <= set(expected.nonzero()[:, 0].tolist())
 
 
 def test_the_largest_uniform_number_draws_a_token_that_may_be_drawn():

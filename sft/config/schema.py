@@ -377,9 +377,11 @@ class Generation(Section):
     temperature: NonNegative = 0.0
     """Logits are divided by it before sampling. 0: always the most likely token (greedy)."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Sample from the smallest set of most likely tokens whose probabilities add up to this."""
+    """Sample from the smallest set of most likely tokens whose probabilities add up to this. With
+    `top_k`: of the probabilities among those tokens, as in transformers."""
     top_k: CountOrZero = 0
-    """Sample from this number of most likely tokens. 0: from all."""
+    """Sample from this number of most likely tokens, and from those that tie with the last of them.
+    0: from all."""
     seed: Seed = 0
     """What is sampled for an example depends only on this seed and on the example's number."""
 

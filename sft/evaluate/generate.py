@@ -290,21 +290,24 @@ def choose(
 ) -> torch.Tensor:
     """Returns each row's next token from its logits or log probabilities [rows, vocabulary].
 
-    At temperature 0 it is the most likely token. Otherwise it is drawn from the tokens that are
-    among the `top_k` most likely ones and among the fewest whose probabilities reach `top_p`
-    (Holtzman et al. 2020), by inverting their distribution function at `drawn`: a uniform number in
-    [0, 1) for each row.
+    At temperature 0 it is the most likely token. Otherwise it is drawn as in transformers. Logits are
+    divided by the temperature. The `top_k` most likely tokens are kept, with those as likely as the
+    last of them. Of the kept ones, with probabilities that add up to 1 again, the fewest that reach
+    `top_p` remain (Holtzman et al. 2020). The distribution function of the rest is inverted at
+    `drawn`: a uniform number in [0, 1) for each row.
     """
     if settings.temperature == 0:
         return logits.argmax(-1)
     assert drawn is not None
     ordered, tokens = logits.sort(dim=-1, descending=True, stable=True)
-    likely = ((ordered - ordered[:, :1]) / settings.temperature).softmax(-1)  # no overflow
-    before = likely.cumsum(-1) - likely
-    likely = likely * (before < settings.top_p)
+    scores = (ordered - ordered[:, :1]) / settings.temperature  # softmax does not overflow
     if settings.top_k:
-        likely[:, settings.top_k :] = 0
+        last = min(settings.top_k, scores.shape[-1]) - 1
+        scores = scores.masked_fill(scores < scores[:, last : last + 1], -torch.inf)
+    likely = scores.softmax(-1)
+    if settings.top_p < 1:
+        likely = likely * (likely.cumsum(-1) - likely < settings.top_p)
     reached = likely.cumsum(-1)
     chosen = (reached <= drawn.to(reached)[:, None] * reached[:, -1:]).sum(-1, keepdim=True)
-    last = (likely > 0).sum(-1, keepdim=True) - 1  # rounding may give a later index
-    return tokens.gather(-1, torch.minimum(chosen, last))[:, 0]
+    end = (likely > 0).sum(-1, keepdim=True) - 1  # rounding may give a later index
+    return tokens.gather(-1, torch.minimum(chosen, end))[:, 0]
