@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import tokenizers
@@ -24,9 +25,14 @@ from sft.config.load import dump_config, load_config, with_values
 from sft.config.lora import Lora
 from sft.config.schema import Config, Model, Tuning
 from sft.data import audit_report, cache
-from sft.errors import ConfigError, ModelError
+from sft.data.batches import Budget
+from sft.errors import ConfigError, DataError, ModelError
+from sft.evaluate.answers import AnswerModel, Question
 from sft.models import adapt, export, layers, load, pretrained, vocabulary
 from sft.plan import dry_run
+from sft.runtime import processes
+from sft.runtime.log import Log
+from sft.runtime.processes import Context
 from sft.serve import merge, runs
 from sft.tasks.sft.saved import SavedTuning
 from sft.tasks.sft.task import FineTune
@@ -207,3 +213,72 @@ def test_trained_rows_and_an_adapter_of_the_same_layer_are_refused():
 def test_what_cannot_work_with_new_tokens_is_refused(tmp_path):
     new = "model.new_tokens=['<a>']"
     assert "agents share the embeddings" in problem(tmp_path, new, "crowd.num_agents=2")
+
+
+# --- ids for which a model has no embedding ---------------------------------------------------
+
+EXTRA = "<extra>"  # the tokenizer's 1,025th token; the model has 1,024
+
+
+def outgrown(folder: Path, **special: str) -> Config:
+    """A model whose tokenizer has one token more than it has embeddings, and no weights yet."""
+    shutil.copytree(ROOT / "nano/model", folder / "base", ignore=lambda *_: ["model.safetensors"])
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    tokenizer.add_tokens([EXTRA])
+    tokenizer.add_special_tokens(special)
+    tokenizer.save_pretrained(folder / "base")
+    values = {"model.name": str(folder / "base"), "train.output_dir": str(folder / "run")}
+    values |= {"data.cache_dir": str(folder / "cache"), "data.max_rows": 20}
+    return with_values(load_config(ROOT / "configs/nano.yaml"), values)
+
+
+def with_rows(config: Config, folder: Path, last: dict[str, Any]) -> Config:
+    rows = [*({"prompt": f"{n}?", "completion": f"{n}."} for n in range(9)), last]
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return with_values(config, {"data.train_path": str(path), "data.eval_path": str(path)})
+
+
+UNKNOWN = r"expected token ids below 1,024.* found 1,024 \('<extra>'\); use the tokenizer"
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        {"prompt": f"{EXTRA}?", "completion": "10."},
+        {"prompt": "10?", "completion": f"10.{EXTRA}"},
+        {"input_ids": [5, 1024, 7], "labels": [-100, 1024, 7]},
+    ],
+    ids=["prompt", "answer", "tokenised"],
+)
+def test_a_row_with_an_id_beyond_the_embeddings_is_refused_before_weights_are_read(tmp_path, last):
+    config = with_rows(outgrown(tmp_path), tmp_path, last)
+    with pytest.raises(DataError, match=r"rows\.jsonl:10: " + UNKNOWN):
+        FineTune.workload(config)  # of a plan; a run and a check prepare the same way
+
+
+def test_a_tokenizer_may_have_ids_that_no_row_uses(tmp_path):
+    config = outgrown(tmp_path, pad_token=EXTRA)
+    prepared = FineTune.prepare(config)
+    assert prepared.tokenizer.pad_token_id == 1024
+    context = Context(processes.start_processes(config.train), Log(None))
+    budget = Budget(10_000, "padded")
+    task = FineTune(config, prepared, tiny.llama(vocab_size=1024), budget, context)
+    lengths = np.asarray(prepared.train.lengths)
+    batch = task.collate([int(lengths.argmin()), int(lengths.argmax())])  # the first one is padded
+    assert task.loss(task.model, batch)[0].isfinite()
+
+
+def test_a_prompt_with_an_id_beyond_the_embeddings_has_no_answer(tmp_path):
+    tokenizer = cache.load_tokenizer(outgrown(tmp_path))
+    model = AnswerModel(tiny.llama(vocab_size=1024), [], tokenizer=tokenizer, identity="")
+    for text, is_known in ((EXTRA, False), ("Good day", True)):
+        found = model.render_prompt(Question([{"role": "user", "content": text}], None, {}))
+        assert is_known == isinstance(found, list)
+        assert is_known or re.search(UNKNOWN, str(found))
+
+
+def test_only_rows_that_exist_are_trained():
+    tuning = Tuning(lora=Lora(trainable_token_indices={"embed_tokens": [5], "lm_head": [1024]}))
+    with torch.device("meta"), pytest.raises(ModelError, match="indices: expected token ids below"):
+        adapt.add_adapters(tiny.llama(vocab_size=1024), tuning)  # as a plan does, without values

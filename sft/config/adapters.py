@@ -150,8 +150,7 @@ def continue_adapter(tree: dict[str, Any], origins: Origins, problems: list[str]
 
 def _new_tokens(folder: Path, tuning: Tuning) -> list[str] | None:
     """Returns the tokens whose rows the adapter in a folder trains, of those that were added."""
-    rows = tuning.lora.trainable_token_indices or []
-    ids = {i for own in (rows.values() if isinstance(rows, dict) else [rows]) for i in own}
+    ids = tuning.lora.trained_ids
     settings, path = folder / "tokenizer_config.json", folder / "tokenizer.json"
     if not ids or not settings.is_file() or not path.is_file():
         return None

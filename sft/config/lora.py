@@ -161,6 +161,12 @@ class Lora(Section):
     """Add a bias to B. It can be merged only into a layer of the base that has a bias."""
 
     @property
+    def trained_ids(self) -> set[int]:
+        """Returns the ids in `trainable_token_indices`, of all modules."""
+        given = self.trainable_token_indices or []
+        return {i for own in (given.values() if isinstance(given, dict) else [given]) for i in own}
+
+    @property
     def changes_base(self) -> bool:
         """Returns whether the adapters begin as a part of the base that is subtracted from it."""
         init = self.init_lora_weights

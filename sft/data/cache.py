@@ -23,6 +23,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sft import errors
-from sft.config.schema import Config, Data
+from sft.config.schema import Config, Data, Model
 from sft.data import audit, audit_report, duplicates, files, remote, split, template, workers
 from sft.data.audit_report import Sample
 from sft.data.examples import (
@@ -43,7 +44,7 @@ from sft.data.examples import (
 )
 from sft.data.files import BadRow
 from sft.data.workers import HELD_OUT, PLACE, TRAIN, AnyRow
-from sft.models import pretrained
+from sft.models import pretrained, vocabulary
 from sft.runtime import checkpoint, plain
 from sft.runtime.console import bar, make_console, write_json
 from sft.runtime.plain import read_json
@@ -101,6 +102,7 @@ def prepare(config: Config, on_progress: Callable[[], None] = lambda: None) -> P
                 _fill(config, tokenizer, folder, made_of, on_progress)
             prepared = _open(folder, tokenizer)
     _prune(folder.parent)
+    _refuse_unknown_ids(config.model, prepared)
     prepared.audit["new_tokens"] = count_new_tokens(config, prepared)
     prepared.audit["hidden_files"] = hidden = files.hidden_files(config.data)
     if hidden and os.environ.get("RANK", "0") == "0":
@@ -108,6 +110,23 @@ def prepare(config: Config, on_progress: Callable[[], None] = lambda: None) -> P
     if config.data.audit == "refuse":
         audit_report.refuse(prepared.audit)
     return prepared
+
+
+def _refuse_unknown_ids(config: Model, prepared: Prepared) -> None:
+    """Raises DataError for a row with a token for which the model has no embedding."""
+    tokenizer = prepared.tokenizer
+    model = SimpleNamespace(config=pretrained.architecture(config))
+    find = partial(
+        vocabulary.unknown_id, model=model, tokenizer=tokenizer, new_tokens=config.new_tokens
+    )
+    if not find([max(tokenizer.get_vocab().values())]):  # as for nearly all models
+        return
+    if not find([prepared.train.arrays.ids.max()]):
+        return
+    for part in (prepared.train, prepared.held_out):
+        for number in range(len(part)):
+            if problem := find([part.tokens(number)[0].max()]):
+                raise errors.DataError(f"{part.row(number).place}: {problem}")
 
 
 def count_new_tokens(config: Config, prepared: Prepared) -> dict[str, int]:

@@ -32,6 +32,7 @@ from sft.errors import DataError
 from sft.evaluate import scores
 from sft.evaluate.generate import Answer, Decoder, context_length, eval_mode
 from sft.evaluate.predictions import MemoryPredictions, Predictions, Record, key_of
+from sft.models import vocabulary
 from sft.runtime.console import duration, table
 from sft.runtime.output import visible
 from sft.runtime.processes import Context
@@ -122,6 +123,8 @@ class AnswerModel(Decoder):
             )
         except DataError as error:
             return str(error)
+        if problem := vocabulary.unknown_id(ids, self.model, self.tokenizer):
+            return problem
         context = context_length(self.model)
         if context is not None and len(ids) >= context:
             return (

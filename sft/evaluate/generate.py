@@ -290,11 +290,11 @@ def choose(
 ) -> torch.Tensor:
     """Returns each row's next token from its logits or log probabilities [rows, vocabulary].
 
-    At temperature 0 it is the most likely token. Otherwise it is drawn as in transformers. Logits are
-    divided by the temperature. The `top_k` most likely tokens are kept, with those as likely as the
-    last of them. Of the kept ones, with probabilities that add up to 1 again, the fewest that reach
-    `top_p` remain (Holtzman et al. 2020). The distribution function of the rest is inverted at
-    `drawn`: a uniform number in [0, 1) for each row.
+    At temperature 0 it is the most likely token. Otherwise it is drawn as in transformers. Logits
+    are divided by the temperature. The `top_k` most likely tokens are kept, with those as likely as
+    the last of them. Of the kept ones, with probabilities that add up to 1 again, the fewest that
+    reach `top_p` remain (Holtzman et al. 2020). The distribution function of the rest is inverted
+    at `drawn`: a uniform number in [0, 1) for each row.
     """
     if settings.temperature == 0:
         return logits.argmax(-1)

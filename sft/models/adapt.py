@@ -28,6 +28,7 @@ from sft.models.fake import is_fake
 from sft.models.layers import embedding_layers
 from sft.models.peft_forward import forward_once
 from sft.models.reach import reach
+from sft.models.vocabulary import unknown_id
 
 NAME = "default"  # of the adapter, in PEFT
 
@@ -40,6 +41,8 @@ def add_adapters(base: nn.Module, tuning: Tuning) -> Any:
     """
     from peft import get_peft_model
 
+    if problem := unknown_id(sorted(tuning.lora.trained_ids), base):
+        raise ModelError(f"tuning.lora.trainable_token_indices: {problem}")
     targets = _targets(base, tuning)
     config = lora_config(tuning, targets, has_values=not is_fake(base))
     init = tuning.lora.init_lora_weights

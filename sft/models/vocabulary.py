@@ -1,6 +1,8 @@
 """Adds `model.new_tokens` to a tokenizer, and rows for them to the embeddings of a model.
 
-A new row begins as the mean of the rows of the pieces that its text had before.
+A new row begins as the mean of the rows of the pieces that its text had before. A tokenizer may
+know more ids than its model has rows (Gemma 3 1B has one more). So no tokenizer is refused, but
+each id that would be looked up is (`unknown_id`).
 """
 
 from __future__ import annotations
@@ -66,6 +68,30 @@ def add_rows(model: Any, tokenizer: Any, tokens: Iterable[str]) -> None:
             with torch.no_grad():
                 for token in tokenizer.fresh_tokens:
                     weight[ids[token]] = weight[known[token]].float().mean(0).to(weight.dtype)
+
+
+def unknown_id(
+    ids: Iterable[int], model: Any, tokenizer: Any = None, new_tokens: Iterable[str] | None = None
+) -> str | None:
+    """Returns the problem of the first of `ids` for which a model has no embedding.
+
+    On a CPU such an id is an IndexError, and on a GPU a failed assertion that ends the process.
+    `model`: anything with a transformers configuration as its `config`. With a `tokenizer` the
+    message names the token. `new_tokens`: those that `add_rows` has still to add to the model.
+    """
+    number = model.config.get_text_config().vocab_size
+    if new_tokens:
+        number = max(number, *(i + 1 for i in tokenizer.convert_tokens_to_ids([*new_tokens])))
+    found = next((int(i) for i in ids if i >= number), None)
+    if found is None:
+        return None
+    token = tokenizer.convert_ids_to_tokens(found) if tokenizer else None
+    return (
+        f"expected token ids below {number:,}, for which the model has embeddings, found {found:,}"
+        f"{f' ({token!r})' if token else ''}; use the tokenizer that the model was trained with. A "
+        "token of your own belongs into model.new_tokens, which adds its embedding, and not into "
+        "the tokenizer"
+    )
 
 
 def fit_vocabulary(model: Any, number: int) -> None:

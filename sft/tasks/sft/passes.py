@@ -18,6 +18,8 @@ from sft.models.sequences import SequenceGroup
 from sft.tasks.sft import losses
 from sft.tasks.sft.saved import SavedTuning
 
+PAD = 0  # fills up rows; nothing reads it, and the tokenizer's own may have no embedding
+
 
 class Passes(SavedTuning):
     """Losses of a language model at the supervised positions of a micro-batch."""
@@ -63,12 +65,12 @@ class Passes(SavedTuning):
         return self._collate(self.prepared.held_out, ids)
 
     def _collate(self, examples: Examples, ids: list[int], per_example: bool = False) -> Batch:
-        pad, layout = self.prepared.tokenizer.pad_token_id, self.budget.layout
+        layout = self.budget.layout
         device = self.accelerator.device
         if group := self.sequences:
-            whole = collate(examples, ids, pad, layout, torch.device("cpu"), per_example)
-            return share(whole, group.rank, group.size, pad).to(device)
-        batch = collate(examples, ids, pad, layout, device, per_example)
+            whole = collate(examples, ids, PAD, layout, torch.device("cpu"), per_example)
+            return share(whole, group.rank, group.size, PAD).to(device)
+        batch = collate(examples, ids, PAD, layout, device, per_example)
         attention.remember_starts(batch.position_ids, batch.lengths)
         return batch
 

@@ -220,10 +220,8 @@ class SavedTuning(Task):
         found = read_adapter_config(folder)
         _refuse_another_name(folder, name)
         tuning = _tuning_in(folder, found)
-        rows = tuning.lora.trainable_token_indices or []
-        numbers = rows if isinstance(rows, list) else [n for own in rows.values() for n in own]
         try:
-            vocabulary.fit_vocabulary(base, max(numbers, default=-1) + 1)
+            vocabulary.fit_vocabulary(base, max(tuning.lora.trained_ids, default=-1) + 1)
             adapted = add_adapters(base, tuning)
             vars(adapted).pop("first_adapter", None)  # PEFT has put it into this base, too
             refuse_unknown(adapted, folder)
