@@ -1,6 +1,6 @@
 """A crowd of four agents: its speed, the speed of its answers, and what it is worth.
 
-    PYTHONPATH=. python benchmarks/crowd.py [--parts speed generation evidence] [--threads 2]
+    PYTHONPATH=. python benchmarks/crowd.py [--parts speed generation evidence fits] [--threads 2]
         [--shared ../shared] [--work outputs/crowd_benchmark]
 
 speed       Seconds of an optimizer step of the same global batch: of the crowd; of K passes of a
@@ -15,6 +15,8 @@ evidence    Arms trained on the embedded task and on GSM8K with stories260K (../
             each, and what they say of held-out rows. An arm that has been trained is a line of
             evidence.jsonl in --work, so a run that was killed goes on. The rows that `learned` is
             fitted on are kept from training in every arm, so all see the same.
+fits        Weights of `learned`, fitted repeatedly to few answers of four agents whose worth is
+            known: how often an equally good one gets under 2 %, and what the fit costs.
 """
 
 from __future__ import annotations
@@ -48,10 +50,17 @@ from sft.evaluate import generate
 from sft.models import load
 from sft.plan.choose import SATURATING_TOKENS
 from sft.runtime import hardware
-from sft.runtime.console import make_console, write_json
+from sft.runtime.console import make_console, table, write_json
 from sft.runtime.processes import Context, start_processes
 from sft.tasks.crowd import agents
-from sft.tasks.crowd.aggregator import Aggregator, Mixture, mix
+from sft.tasks.crowd.aggregator import (
+    Aggregator,
+    Mixture,
+    _fit_mean,
+    _scaled_likelihoods,
+    _shrink,
+    mix,
+)
 from sft.tasks.crowd.diversity import RepresentationReader, directions, disagreement, diversity
 from sft.tasks.crowd.task import CrowdTune
 from sft.tasks.registry import task_of
@@ -61,7 +70,7 @@ from sft.train.optimizer import build_optimizer
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/crowd.json"
-PARTS = ("speed", "generation", "evidence")
+PARTS = ("speed", "generation", "evidence", "fits")
 AGENTS = 4
 WHOLE = batches.Budget(2**20, "padded")  # a global batch in one micro-batch
 
@@ -548,6 +557,66 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return cells
 
 
+# --- fits ----------------------------------------------------------------------------------------
+
+FITS, TOKENS = 12, 12  # repetitions, and tokens of an answer
+ROWS = (8, 30, 120)
+KINDS = {  # what the agents differ by, in nats per token
+    "equal": "each token's likelihood, by 0.25",
+    "by answer": "each token's and each answer's likelihood, by 0.25",
+    "one better": "as equal, and the first is better by 0.15",
+}
+
+
+def heard_by_agents(kind: str, rows: int, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Log likelihoods (agents, tokens) and the answer of each token."""
+    common = random.normal(-1, 0.8, rows * TOKENS)
+    heard = common + random.normal(0, 0.25, (AGENTS, rows * TOKENS))
+    if kind == "by answer":
+        heard += random.normal(0, 0.25, (AGENTS, rows)).repeat(TOKENS, 1)
+    if kind == "one better":
+        heard[0] += 0.15
+    return torch.tensor(np.minimum(heard, -1e-3)), torch.arange(rows).repeat_interleave(TOKENS)
+
+
+def fits() -> dict[str, Any]:
+    found = []
+    for kind in KINDS:
+        many, _ = _scaled_likelihoods(*heard_by_agents(kind, 1500, np.random.default_rng(99)))
+
+        def worth(weights: Tensor, many: Tensor = many) -> float:
+            return float((many @ weights).log().mean())
+
+        best = worth(_fit_mean(many))
+        even = best - worth(torch.full((AGENTS,), 1 / AGENTS, dtype=torch.float64))
+        for rows in ROWS:
+            random, lowest, lost = np.random.default_rng(0), [], []
+            for _ in range(FITS):
+                scaled, numbers = _scaled_likelihoods(*heard_by_agents(kind, rows, random))
+                likeliest = _fit_mean(scaled)
+                pair = likeliest, _shrink(scaled, numbers, likeliest)
+                lowest.append([float(weights.min()) < 0.02 for weights in pair])
+                lost.append([best - worth(weights) for weights in pair])
+            arms = zip(("likeliest", "shrunk"), np.sum(lowest, 0), np.mean(lost, 0), strict=True)
+            own = {name: {"under_2_percent": int(n), "lost_nats": x} for name, n, x in arms}
+            found.append({"kind": kind, "rows": rows, "even_lost_nats": even, **own})
+    return {"kinds": KINDS, "fits": FITS, "tokens_per_answer": TOKENS, "rows": found}
+
+
+def show_fits(found: dict[str, Any]) -> None:
+    columns = ("agents", "rows", "even", "likeliest", "shrunk", "under 2 %: likeliest", "shrunk")
+    lines = [
+        (
+            *(row["kind"], str(row["rows"]), f"{row['even_lost_nats']:.4f}"),
+            *(f"{row[arm]['lost_nats']:.4f}" for arm in ("likeliest", "shrunk")),
+            *(str(row[arm]["under_2_percent"]) for arm in ("likeliest", "shrunk")),
+        )
+        for row in found["rows"]
+    ]
+    title = f"Nats per token below the best weights, means of {found['fits']} fits"
+    make_console().print(table(title, columns, lines, left=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
@@ -563,6 +632,7 @@ def main() -> None:
         "speed": (lambda: speed(args.work), show_speed),
         "generation": (lambda: generation(args.work), show_generation),
         "evidence": (lambda: evidence(args.shared, args.work), show_evidence),
+        "fits": (fits, show_fits),
     }
     for part in args.parts:
         measure, show = ways[part]

@@ -628,8 +628,9 @@ def test_what_is_held_out_is_scored_as_the_mixture(tmp_path, kind):
         assert 0 < found["disagreement"] < 1
 
 
-def test_the_concentration_is_fitted_on_the_rows_kept_from_training(tmp_path):
-    """The first agent knows these rows: it is their weights' target, whatever the cut."""
+def test_the_concentration_is_fitted_on_the_rows_kept_from_training(tmp_path, monkeypatch):
+    """The same for every cut; without shrinking, for rows as few as these."""
+    monkeypatch.setattr(aggregator, "EVEN_SHARES", np.zeros(1))
     given = tiny.crowd_config(tmp_path, aggregator="learned")
     train, kept = tiny.examples(1, 6), tiny.examples(2, 5)
     found = []
@@ -642,7 +643,9 @@ def test_the_concentration_is_fitted_on_the_rows_kept_from_training(tmp_path):
             batches.Budget(max_tokens, "padded"),
         )
         made.task.prepared = replace(made.task.prepared, validation=tiny.stored(kept))
+        made.task.log = tiny.Said()
         made.task.finish(made.model)
+        assert "at least 30 rows to fit weights on, found 5" in made.task.log.lines[-1]
         found.append(made.task.model.concentration)
         assert made.task.model.training
     assert found[0] == pytest.approx(found[1])

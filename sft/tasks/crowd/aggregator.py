@@ -28,6 +28,9 @@ DRAWS = 256  # draws of weights that represent their distribution
 # Candidates for the mean of the K concentrations, 0.01 to 10,000: with smaller ones hardly any draw
 # would mix agents.
 CONCENTRATIONS = 10 ** (np.arange(-8, 17) / 4)
+FOLDS = 5  # parts of the answers, for the cross-validation of weights
+EVEN_SHARES = np.linspace(0, 1, 21)  # candidates for how far fitted weights are shrunk to even ones
+FEW_ANSWERS = 30  # with fewer, weights are mostly noise (benchmarks/results/crowd.json: fits)
 CHUNK = 2**22  # likelihoods of tokens under drawn weights at once: 32 MiB
 
 
@@ -110,8 +113,9 @@ def fit(log_likelihoods: Tensor, answers: Tensor) -> tuple[float, ...]:
     `log_likelihoods` (K, T): of each supervised token by each agent. `answers` (T,): the number of
     the answer that each token belongs to.
 
-    First the expected weights are fitted to the tokens (`_fit_mean`). Then their concentration is
-    fitted to whole answers: the one of `CONCENTRATIONS` with the highest likelihood, which is an
+    First the expected weights are fitted to the tokens (`_fit_mean`), and shrunk towards even ones
+    as far as the answers do not speak against it (`_shrink`). Then their concentration is fitted to
+    whole answers: the one of `CONCENTRATIONS` with the highest likelihood, which is an
     expectation over drawn weights. It is small if each answer has an agent of its own, and large if
     all agents share in each answer. Among equally good ones the one nearest to 1 is taken.
 
@@ -120,7 +124,7 @@ def fit(log_likelihoods: Tensor, answers: Tensor) -> tuple[float, ...]:
     numbers, plus `DRAWS` numbers per answer.
     """
     scaled, numbers = _scaled_likelihoods(log_likelihoods, answers)
-    mean = _fit_mean(scaled)
+    mean = _shrink(scaled, numbers, _fit_mean(scaled))
     scales = len(mean) * CONCENTRATIONS
     values = [_answer_likelihood(scaled, numbers, scale * mean.numpy()) for scale in scales]
     enough = max(values) - 1e-9 * (1 + len(scaled))
@@ -147,16 +151,42 @@ def _fit_mean(scaled: Tensor) -> Tensor:
     agent's likelihood over the mixture's. The likelihood never falls, so it is at least that of
     `uniform`. No weights are better by more than log(max gain) nats per token (Jensen).
     """
-    number = scaled.shape[1]
-    weights = torch.full((number,), 1 / number, dtype=torch.float64)
-    if not len(scaled):
-        return weights
+    number, tokens = scaled.shape[1], scaled.numpy()  # whose small products are faster
+    weights = np.full(number, 1 / number)
+    if not len(tokens):
+        return torch.from_numpy(weights)
     for _ in range(ITERATIONS):
-        gains = scaled.T @ (1 / (scaled @ weights)) / len(scaled)
+        gains = tokens.T @ (1 / (tokens @ weights)) / len(tokens)
         if gains.max() < 1 + GAP:
             break
         weights = weights * gains
-    return weights / weights.sum()
+    return torch.from_numpy(weights / weights.sum())
+
+
+def _shrink(scaled: Tensor, numbers: Tensor, fitted: Tensor) -> Tensor:
+    """Returns the fitted weights (K,), moved towards 1 / K by a share that answers decide.
+
+    Weights fitted to few answers are noise: the likeliest ones leave out agents as good as the
+    others. The share is the largest one whose likelihood, cross-validated over answers, is within
+    one standard error of the best (Breiman et al. 1984). With one answer, weights are even.
+    """
+    num_answers = int(numbers.max()) + 1 if len(numbers) else 0
+    if num_answers < 2:
+        return torch.full_like(fitted, 1 / len(fitted))
+    shares = torch.from_numpy(EVEN_SHARES)
+
+    def shrunk(weights: Tensor) -> Tensor:  # (K, shares)
+        return shares / len(weights) + (1 - shares) * weights[:, None]
+
+    values = torch.zeros(num_answers, len(shares), dtype=torch.float64)
+    for fold in range(min(FOLDS, num_answers)):
+        left_out = numbers % FOLDS == fold
+        weights = shrunk(_fit_mean(scaled[~left_out]))
+        values.index_add_(0, numbers[left_out], (scaled[left_out] @ weights).log())
+    behind = values[:, values.sum(0).argmax(), None] - values
+    error = behind.std(0) * math.sqrt(num_answers)  # of the sum
+    is_close = behind.sum(0) <= error + 1e-9
+    return shrunk(fitted)[:, is_close.nonzero().max()]
 
 
 def _answer_likelihood(scaled: Tensor, numbers: Tensor, concentration: np.ndarray) -> float:

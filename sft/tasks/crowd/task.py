@@ -41,7 +41,7 @@ from sft.runtime.console import write_json
 from sft.runtime.tensor_file import TensorFile
 from sft.tasks.base import Finding, Shrunk, Task, TaskInfo
 from sft.tasks.crowd.agents import META, Agents, read_agents, read_meta, shape_of
-from sft.tasks.crowd.aggregator import Mixture, aggregator_of, fit, mix
+from sft.tasks.crowd.aggregator import FEW_ANSWERS, Mixture, aggregator_of, fit, mix
 from sft.tasks.crowd.diversity import (
     BatchDiversity,
     RepresentationReader,
@@ -302,6 +302,12 @@ class CrowdTune(FineTune):
             self.model.concentration = fit(*self._likelihoods(model, rows))
         numbers = ", ".join(f"{each:.3g}" for each in self.model.concentration)
         self.log.say(f"aggregator: concentration {numbers}, fitted on {len(rows):,} rows")
+        if len(rows) < FEW_ANSWERS:
+            self.log.say(
+                f"warning: crowd.aggregator: learned: expected at least {FEW_ANSWERS} rows to fit "
+                f"weights on, found {len(rows)}, so they stay near even ones; raise "
+                "crowd.fit_fraction, or set uniform, which keeps no rows from training"
+            )
 
     def _likelihoods(self, model: nn.Module, rows: Examples) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns each target's log likelihoods (agents, tokens) and its row (tokens,).
