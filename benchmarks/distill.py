@@ -28,14 +28,16 @@ from typing import Any
 import torch
 
 from sft.runtime.console import make_console, write_json
-from sft.tasks.distill import darkroom, rollout, source, task
+from sft.tasks.distill import grid, rollout, source, task
 from sft.tasks.distill.config import DistillConfig
+from sft.tasks.distill.worlds import world_of
 from sft.tasks.registry import load_run
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs/ad_darkroom.yaml"
 RESULTS = ROOT / "benchmarks/results/distill.json"
 REPEATS = 5
+DARKROOM = world_of("darkroom")
 STEPS = 40  # of training, the first quarter not counted
 
 
@@ -46,9 +48,9 @@ def settings() -> DistillConfig:
 
 
 def rooms() -> dict[str, Any]:
-    goals, _ = darkroom.split_goals(0)
-    many = darkroom.Rooms([goals[i % len(goals)] for i in range(8192)])
-    single = darkroom.Darkroom(darkroom.place_of(goals[0]))
+    goals, _ = DARKROOM.split_goals(0)
+    many = grid.Rooms(DARKROOM, [goals[i % len(goals)] for i in range(8192)])
+    single = grid.Room(DARKROOM, goals[0])
 
     def together() -> float:
         many.reset()
@@ -75,7 +77,7 @@ def play() -> dict[str, Any]:
     model = task.build(settings().distill, 0, torch.device("cpu")).eval()
     for parameter in model.parameters():  # actions that depend on what was seen
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    _, unseen = darkroom.split_goals(0)
+    _, unseen = DARKROOM.split_goals(0)
     rows = [(goal, seed) for goal in unseen for seed in range(4)]
     seconds, returns = {}, {}
     for name, cached in {"cache": True, "window": False}.items():
@@ -109,19 +111,20 @@ def transitions_per_second(world: int) -> float:
 
 
 def sources() -> dict[str, Any]:
-    goals, _ = darkroom.split_goals(0)
+    goals, _ = DARKROOM.split_goals(0)
     found = {}
     for name, number in {"ppo": 19, "stable_baselines3": 1}.items():
         started = time.process_time()
-        source.SOURCES[name](goals[:number], 100, 60, 0)
+        source.SOURCES[name](DARKROOM, goals[:number], 100, 60, 0)
         found[name] = (time.process_time() - started) / 3 / number
     return found
 
 
 def unseen() -> dict[str, Any]:
     asked = settings().distill
-    _, goals = darkroom.split_goals(asked.split_seed)
-    found = source.ppo(goals, asked.num_streams, asked.num_steps, asked.source_seed).returns()
+    _, goals = DARKROOM.split_goals(asked.split_seed)
+    sizes = asked.num_streams, asked.num_steps
+    found = source.ppo(DARKROOM, goals, *sizes, asked.source_seed).returns(asked.episode)
     return {"mean": float(found.mean()), "curve": found.mean((0, 1)).tolist()}
 
 

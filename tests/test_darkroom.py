@@ -12,14 +12,16 @@ from conftest import representatives
 from gymnasium.utils.env_checker import check_env
 
 from sft.runtime import hardware
-from sft.tasks.distill import darkroom, histories, source
+from sft.tasks.distill import grid, histories, source
 from sft.tasks.distill.config import Distill
-from sft.tasks.distill.darkroom import MOVES, START, Darkroom, Rooms, cell_of, place_of
+from sft.tasks.distill.grid import MOVES, START, Room, Rooms, cell_of, place_of
 from sft.tasks.distill.histories import HistoryError
 from sft.tasks.distill.windows import Windows
+from sft.tasks.distill.worlds import world_of
 
 pytestmark = pytest.mark.slow
 
+DARKROOM = world_of("darkroom")
 # Published: unseen goals for seed 0, their best return, and what random actions got.
 UNSEEN = [(4, 2), (5, 6), (6, 8), (7, 2), (3, 6), (0, 5), (5, 8), (5, 4)]
 BEST = [19, 18, 15, 16, 18, 16, 16, 20]
@@ -27,25 +29,26 @@ RANDOM = [0.45, 0.37, 0.10, 0.14, 0.35, 0.12, 0.12, 0.97]
 
 
 def test_the_split_and_the_returns_are_the_published_ones():
-    trained, unseen = darkroom.split_goals(0)
+    trained, unseen = DARKROOM.split_goals(0)
     assert [place_of(goal) for goal in unseen] == UNSEEN
     assert sorted(trained + unseen) == list(range(81))
-    assert [darkroom.best_return(goal) for goal in unseen] == BEST
-    floors = [darkroom.random_return(goal) for goal in unseen]
+    assert [DARKROOM.best_return(goal) for goal in unseen] == BEST
+    floors = [DARKROOM.random_return(goal) for goal in unseen]
     assert floors == pytest.approx(RANDOM, abs=0.025)  # those were estimated by playing
     assert np.mean(floors) == pytest.approx(0.33, abs=0.01)
-    assert darkroom.split_goals(1)[1] != unseen
+    assert DARKROOM.split_goals(1)[1] != unseen
 
 
 def test_a_room_is_a_sound_environment_of_gymnasium():
-    check_env(Darkroom((4, 2)), skip_render_check=True)
+    check_env(Room(DARKROOM, cell_of(4, 2)), skip_render_check=True)
 
 
 def test_many_rooms_are_each_one_room():
     """Against the rules written out, walls included."""
     random = np.random.default_rng(0)
     places = [(0, 0), (4, 4), (8, 8), (3, 5)]
-    rooms, singles = Rooms([cell_of(*place) for place in places]), [Darkroom(p) for p in places]
+    goals = [cell_of(*place) for place in places]
+    rooms, singles = Rooms(DARKROOM, goals), [Room(DARKROOM, goal) for goal in goals]
     for _ in range(3):
         assert rooms.reset().tolist() == [START] * 4
         at = [np.array([4, 4]) for _ in places]
@@ -73,7 +76,7 @@ def test_our_ppo_learns_what_that_of_stable_baselines_learns(monkeypatch):
     pytest.importorskip("stable_baselines3")
     monkeypatch.setattr(source, "EPOCHS", 4)
     monkeypatch.setattr(source, "BATCH", 2000)
-    learner = source.make_learner(cell_of(4, 5), 100, seed=1)
+    learner = source.make_learner(DARKROOM, cell_of(4, 5), 100, seed=1)
     networks = source._Networks(1, torch.Generator())
 
     def theirs() -> list[torch.Tensor]:
@@ -108,8 +111,8 @@ def test_our_ppo_learns_what_that_of_stable_baselines_learns(monkeypatch):
 @pytest.mark.slow
 def test_the_return_of_a_source_rises(monkeypatch):
     monkeypatch.setattr(source, "EPOCHS", 8)
-    found = source.ppo([cell_of(4, 5), cell_of(3, 3)], 50, 160, seed=0)
-    returns = found.returns().mean(1)  # (goals, episodes)
+    found = source.ppo(DARKROOM, [cell_of(4, 5), cell_of(3, 3)], 50, 160, seed=0)
+    returns = found.returns(20).mean(1)  # (goals, episodes)
     assert found.cells.shape == (2, 50, 160)
     assert (returns[:, -1] > 2 * returns[:, 0] + 0.5).all()
     assert (returns[:, 0] < 2.5).all()
@@ -120,13 +123,13 @@ def test_histories_are_whole_episodes_of_the_room(name):
     if name == "stable_baselines3":
         pytest.importorskip(name)
     goals = [cell_of(5, 5), cell_of(0, 0)]
-    found = source.SOURCES[name](goals, 3, 60, 7)
-    again = source.SOURCES[name](goals, 3, 60, 7)
+    found = source.SOURCES[name](DARKROOM, goals, 3, 60, 7)
+    again = source.SOURCES[name](DARKROOM, goals, 3, 60, 7)
     for own, other in zip(found, again, strict=True):
         assert own.shape == (2, 3, 60)
         assert torch.equal(own, other)
     cells, actions, after = (x.long() for x in (found.cells, found.actions, found.next_cells))
-    assert torch.equal(darkroom.NEXT[cells, actions], after)  # at the end of an episode as well
+    assert torch.equal(grid.NEXT[cells, actions], after)  # at the end of an episode as well
     assert torch.equal(found.rewards.bool(), after == torch.tensor(goals)[:, None, None])
     assert (cells[..., ::20] == START).all()
     within = torch.arange(59) % 20 != 19
@@ -153,18 +156,18 @@ def test_a_collection_that_was_stopped_goes_on(few):
     assert len(list(folder.glob("goal_*.parquet"))) == 73
     _, group = histories.jobs_of(few)[2]
     stamps = {path: path.stat().st_mtime_ns for path in folder.glob("*.parquet")}
-    histories.path_of(folder, group[3]).unlink()
+    histories.path_of(few, group[3]).unlink()
     (folder / ".goal_0_0.parquet").write_text("half")
     assert histories.collect(few) == folder
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
     again = {path for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp}
-    assert again == {histories.path_of(folder, goal) for goal in group}
+    assert again == {histories.path_of(few, goal) for goal in group}
 
 
 def test_a_file_has_the_documented_columns(few):
     folder = histories.collect(few)
-    goal = darkroom.split_goals(0)[0][5]
-    table = pq.read_table(histories.path_of(folder, goal)).to_pydict()
+    goal = DARKROOM.split_goals(0)[0][5]
+    table = pq.read_table(histories.path_of(few, goal)).to_pydict()
     assert list(table) == list(histories.COLUMNS)
     assert table["stream"] == [stream for stream in range(4) for _ in range(120)]
     assert table["step"] == list(range(120)) * 4
@@ -173,11 +176,12 @@ def test_a_file_has_the_documented_columns(few):
     assert table["row"] == (own.cells[5] // 9).flatten().tolist()
     assert table["next_column"] == (own.next_cells[5] % 9).flatten().tolist()
     assert table["reward"] == own.rewards[5].flatten().tolist()
-    assert len(histories.curve(folder)) == 6
+    assert len(histories.source_curve(few)) == 6
 
 
 def test_a_damaged_file_is_refused_by_name(few):
-    path = histories.path_of(histories.collect(few), darkroom.split_goals(0)[0][9])
+    histories.collect(few)
+    path = histories.path_of(few, DARKROOM.split_goals(0)[0][9])
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(HistoryError, match=rf"{path.name}: expected the history of 4 streams"):
         histories.load(few)

@@ -25,12 +25,13 @@ from sft.plan.trace import Recorder
 from sft.runtime import console, hardware, processes
 from sft.runtime.log import Log
 from sft.runtime.processes import Context
-from sft.tasks.distill import darkroom, histories, report, rollout, task, transformer
+from sft.tasks.distill import grid, histories, report, rollout, task, transformer
 from sft.tasks.distill.config import Distill, DistillConfig
 from sft.tasks.distill.rollout import play
 from sft.tasks.distill.source import Histories
 from sft.tasks.distill.transformer import Transformer, window_tokens, with_marks
 from sft.tasks.distill.windows import Windows, blank_histories
+from sft.tasks.distill.worlds import world_of
 from sft.tasks.registry import load_run
 from sft.train import engine
 
@@ -66,11 +67,11 @@ def random_histories(*shape: int, seed: int = 0) -> Histories:
     generator = torch.Generator().manual_seed(seed)
     actions = torch.randint(5, shape, generator=generator)
     cells, after = torch.empty_like(actions), torch.empty_like(actions)
-    at = torch.full(shape[:-1], darkroom.START)
+    at = torch.full(shape[:-1], grid.START)
     for step in range(shape[-1]):
-        at = torch.full_like(at, darkroom.START) if step % 20 == 0 else at
+        at = torch.full_like(at, grid.START) if step % 20 == 0 else at
         cells[..., step] = at
-        at = after[..., step] = darkroom.NEXT[at, actions[..., step]]
+        at = after[..., step] = grid.NEXT[at, actions[..., step]]
     return Histories(cells, actions, (after == 41).to(torch.uint8), after)
 
 
@@ -140,11 +141,11 @@ def test_what_a_row_does_does_not_depend_on_the_others():
 def test_the_context_is_the_newest_episodes_of_a_window_as_in_training():
     """Against a loop of one row that keeps transitions, not tokens, and encodes all of them."""
     model, (goal, seed) = made(SMALL), ROWS[0]
-    drawn = rollout._uniform([(goal, seed)], 6 * 20)[0].tolist()
+    drawn = rollout._uniform(world_of("darkroom"), [(goal, seed)], 6 * 20)[0].tolist()
     seen: list[tuple[int, int, int, int]] = []
     returns = []
     for episode in range(6):
-        at, total = darkroom.START, 0
+        at, total = grid.START, 0
         for step in range(20):
             first = max(0, episode - 1) * 20  # two episodes fit
             open_step = (at, 0, 0, 0)  # its action is asked for
@@ -155,7 +156,7 @@ def test_the_context_is_the_newest_episodes_of_a_window_as_in_training():
                 upto += share
                 if drawn[episode * 20 + step] <= upto:
                     break
-            after = int(darkroom.NEXT[at, action])
+            after = int(grid.NEXT[at, action])
             seen.append((at, action, int(after == goal), after))
             total, at = total + int(after == goal), after
         returns.append(total)

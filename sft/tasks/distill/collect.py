@@ -11,7 +11,7 @@ from sft.tasks.registry import load_run, task_of
 
 
 def main(args: Namespace) -> None:
-    """Writes the histories of all goals, on all cores, and prints the mean return by episode."""
+    """Writes the histories of all goals, on all cores, and prints their curve."""
     config = load_run(args.config, args.overrides)
     if not isinstance(config, DistillConfig):
         raise ConfigError(f"expected a configuration of task: distill, found task: {config.task}")
@@ -19,6 +19,6 @@ def main(args: Namespace) -> None:
     from sft.tasks.distill import histories
 
     folder = histories.collect(config.distill)
-    returns = histories.curve(folder)
-    means = ", ".join(f"{i + 1}: {returns[i]:.2f}" for i in range(0, len(returns), 7))
-    show(f"{folder}\nmean return by episode: {means}, {len(returns)}: {returns[-1]:.2f}")
+    shares = histories.source_curve(config.distill)
+    shown = ", ".join(f"{i + 1}: {shares[i]:.0%}" for i in range(0, len(shares), 7))
+    show(f"{folder}\nshare of the best return by episode: {shown}, {len(shares)}: {shares[-1]:.0%}")

@@ -18,13 +18,15 @@ from sft.config.schema import (
     Seed,
     Train,
 )
-
-EPISODE = 20  # steps of an episode
+from sft.tasks.distill.worlds import WORLDS, WorldName
 
 
 class Distill(Section):
-    """Source histories of the Darkroom, the model that learns from them, and its evaluation."""
+    """Source histories of a gridworld, the model that learns from them, and its evaluation."""
 
+    world: WorldName = "darkroom"
+    """`darkroom`: a hidden goal, reward 1 for every step on it, 20 steps an episode. `key_to_door`:
+    a hidden key, then a hidden door, reward 1 for each once, 50 steps an episode."""
     data_dir: Folder = ".cache/darkroom"
     """Folder of the source histories, with a subfolder for each set of settings that make them."""
     source: Literal["ppo", "stable_baselines3"] = "ppo"
@@ -33,11 +35,12 @@ class Distill(Section):
     source_seed: Seed = 0
     """Seed of the source histories."""
     split_seed: Seed = 0
-    """Seed of the split into 73 goals to train on and 8 unseen ones. 0: the published split."""
+    """Seed of the split into goals to train on (Darkroom: 73, Key-to-Door: 120) and 8 unseen ones.
+    0: for the Darkroom, the published split."""
     num_streams: Count = 100
     """Number of copies of the room in which a source learns at once; each gives one history."""
     num_steps: Count = 1000
-    """Steps per history; an episode has 20."""
+    """Steps per history, whole episodes."""
     held_out_streams: Count = 5
     """Number of streams whose histories are held out for the evaluation loss: the last ones."""
     context: Count = 120
@@ -71,22 +74,28 @@ class Distill(Section):
     eval_quick: Count = 50
     """Episodes per attempt in the evaluations during training (`train.eval_steps`)."""
 
+    @property
+    def episode(self) -> int:
+        """Returns the number of steps of an episode."""
+        return WORLDS[self.world][1]
 
+
+EPISODES = ", ".join(f"{name}: {steps}" for name, (_, steps) in WORLDS.items())
 RULES = (
     Rule(
-        ("distill.context", "distill.compress"),
-        lambda context, compress: context % (EPISODE * (1 + compress)) != 0,
-        f"must be a multiple of {EPISODE}, the steps of an episode; with distill.compress, of "
-        f"{2 * EPISODE}",
+        ("distill.context", "distill.compress", "distill.world"),
+        lambda context, compress, world: context % (WORLDS[world][1] * (1 + compress)) != 0,
+        f"must be a multiple of the steps of an episode ({EPISODES}); with distill.compress, of "
+        "twice as many",
     ),
     Rule(
-        ("distill.num_steps", "distill.context"),
-        lambda steps, context: steps % EPISODE != 0 or steps < context,
-        f"must be a multiple of {EPISODE}, the steps of an episode, and at least distill.context",
+        ("distill.num_steps", "distill.context", "distill.world"),
+        lambda steps, context, world: steps % WORLDS[world][1] != 0 or steps < context,
+        f"must be a multiple of the steps of an episode ({EPISODES}), and at least distill.context",
     ),
     Rule(
-        ("distill.jump_to", "distill.search_episodes", "distill.num_steps"),
-        lambda later, first, steps: not first <= later < steps // EPISODE,
+        ("distill.jump_to", "distill.search_episodes", "distill.num_steps", "distill.world"),
+        lambda later, first, steps, world: not first <= later < steps // WORLDS[world][1],
         "must be at least distill.search_episodes, and less than the episodes in distill.num_steps",
     ),
     Rule(
@@ -100,8 +109,8 @@ RULES = (
         "must be a multiple of distill.num_heads",
     ),
     Rule(
-        ("distill.slide", "distill.context"),
-        lambda slide, context: slide is not None and slide * EPISODE > context,
+        ("distill.slide", "distill.context", "distill.world"),
+        lambda slide, context, world: slide is not None and slide * WORLDS[world][1] > context,
         "is more than the number of episodes in distill.context",
     ),
     Rule(

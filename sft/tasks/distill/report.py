@@ -15,7 +15,8 @@ from rich.table import Table
 from sft.runtime.console import table, write_json
 from sft.tasks.distill import histories
 from sft.tasks.distill.config import DistillConfig
-from sft.tasks.distill.darkroom import name_of, reference_returns
+from sft.tasks.distill.grid import World
+from sft.tasks.distill.worlds import world_of
 
 LAST = 50  # final episodes, whose return measures what was learnt in context
 CURVE = "in_context_return.png"
@@ -31,7 +32,7 @@ class UnseenResults:
     num_forced: int  # regions that were full before the model ended them
 
 
-def summarise_returns(found: UnseenResults) -> dict[str, Any]:
+def summarise_returns(world: World, found: UnseenResults) -> dict[str, Any]:
     """Returns means over the last, the first and all episodes, by goal and seed."""
     number = found.returns.shape[2]
     few = min(LAST, number)
@@ -40,7 +41,7 @@ def summarise_returns(found: UnseenResults) -> dict[str, Any]:
         f"first_{few}": found.returns[..., :few],
         f"all_{number}": found.returns,
     }
-    names = [name_of(goal) for goal in found.goals]
+    names = [world.name_of(goal) for goal in found.goals]
     summaries = {}
     for name, part in parts.items():
         means = part.mean(-1)  # (goals, seeds)
@@ -58,21 +59,25 @@ def show(
 ) -> Iterator[RenderableType]:
     """Writes metrics.json and the curve, and yields the table and where the curve is."""
     folder.mkdir(parents=True, exist_ok=True)
-    returns = summarise_returns(found)
-    references = reference_returns(found.goals)
+    settings = config.distill
+    world = world_of(settings.world)
+    returns, references = summarise_returns(world, found), world.reference_returns(found.goals)
     curve = found.returns.mean((0, 1)).tolist()
+    by_goal = dict(zip(references["best"], found.returns.mean(1).tolist(), strict=True))
+    shares = histories.shares_of_best(by_goal, references["best"])
     written: dict[str, Any] = {"in_context_return": returns, **references}
-    if config.distill.compress:
+    if settings.compress:
         counts = {"ended": len(found.regions), "forced": found.num_forced}
         steps = {"mean_steps": float(np.mean(found.regions))} if found.regions else {}
         written["regions"] = counts | steps
-    write_json(folder / "metrics.json", {**written, "held_out": held_out, "curve": curve})
+    written |= {"held_out": held_out, "curve": curve, "share_of_best": shares}
+    write_json(folder / "metrics.json", written)
     yield _table(returns, references)
-    if config.distill.compress:
+    if settings.compress:
         yield f"regions that the model has ended: {written['regions']}"
-    curves = {"in context, unseen goals": curve}
-    if (source := histories.folder_of(config.distill)).exists():  # else the run is from elsewhere
-        curves["source, its own goals"] = histories.curve(source)
+    curves = {"in context, unseen goals": shares}
+    if histories.folder_of(settings).exists():  # else the run is from elsewhere
+        curves["source, its own goals"] = histories.source_curve(settings)
     histories.draw(folder / CURVE, curves, references)
     yield f"curve: {folder / CURVE}"
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from sft.tasks.distill.config import EPISODE, Distill
-from sft.tasks.distill.darkroom import Rooms
+from sft.tasks.distill.config import Distill
+from sft.tasks.distill.grid import Rooms, World
 from sft.tasks.distill.source import Histories
 from sft.tasks.distill.transformer import (
     BEGIN,
@@ -31,6 +31,7 @@ from sft.tasks.distill.transformer import (
     num_positions,
     without_past,
 )
+from sft.tasks.distill.worlds import world_of
 
 Attempt = tuple[int, int]  # goal, seed
 
@@ -116,7 +117,8 @@ class Regions(History):
 
 def num_dropped(settings: Distill) -> int:
     """Returns the number of oldest steps that are dropped when the context is full."""
-    return EPISODE * (settings.slide or max(1, settings.context // EPISODE // 2))
+    steps = settings.episode
+    return steps * (settings.slide or max(1, settings.context // steps // 2))
 
 
 def bytes_per_attempt(settings: Distill) -> int:
@@ -129,7 +131,7 @@ def bytes_per_attempt(settings: Distill) -> int:
     width, positions = settings.width, num_positions(settings)
     stay = positions if settings.compress else positions - num_dropped(settings)
     held = positions * (2 * width * settings.num_layers + NUM_FEATURES)
-    held += settings.eval_episodes * EPISODE
+    held += settings.eval_episodes * settings.episode
     return 4 * (held + max(1, stay) * (12 * width + 4 * NUM_FEATURES))
 
 
@@ -156,8 +158,9 @@ def play(
     Not `cached`: every step encodes the whole window.
     """
     device, rows = next(model.parameters()).device, len(attempts)
-    drawn = _uniform(attempts, num_episodes * EPISODE).to(device)
-    rooms = Rooms([goal for goal, _ in attempts], device)
+    world, steps = world_of(model.settings.world), model.settings.episode
+    drawn = _uniform(world, attempts, num_episodes * steps).to(device)
+    rooms = Rooms(world, [goal for goal, _ in attempts], device)
     kind = Regions if model.settings.compress else Sliding
     history = kind(model, rows, device, cached)
     first = without_past(torch.zeros(rows, NUM_FEATURES, device=device))
@@ -166,10 +169,10 @@ def play(
     for episode in range(num_episodes):
         now, total = rooms.reset(), torch.zeros(rows, device=device)
         history.begin_episode()
-        for step in range(EPISODE):
+        for step in range(steps):
             token = first if before is None else features(now, before)
             actions, types = history.add(token)
-            action = _draw(actions, drawn[:, episode * EPISODE + step])
+            action = _draw(actions, drawn[:, episode * steps + step])
             cell, (now, reward, _) = now, rooms.step(action)
             before = Histories(cell, action, reward, now)
             total += reward
@@ -179,11 +182,12 @@ def play(
     return Played(torch.stack(returns, 1).cpu(), history.regions, history.num_forced)
 
 
-def _uniform(attempts: Sequence[Attempt], number: int) -> torch.Tensor:
+def _uniform(world: World, attempts: Sequence[Attempt], number: int) -> torch.Tensor:
     """Returns (attempts, number) random numbers from 0 to 1, a function of each attempt."""
     drawn = []
     for goal, seed in attempts:
-        generator = torch.Generator().manual_seed(seed * 100 + goal)
+        own = seed * max(100, world.num_goals) + goal
+        generator = torch.Generator().manual_seed(own)
         drawn.append(torch.rand(number, generator=generator))
     return torch.stack(drawn)
 

@@ -10,15 +10,15 @@ One policy acts in every stream of a goal, and is updated after every episode.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from sft.tasks.distill.config import EPISODE
-from sft.tasks.distill.darkroom import MOVES, NEXT, NUM_CELLS, Darkroom, Rooms, cell_of, place_of
+from sft.tasks.distill.grid import MOVES, NEXT, NUM_CELLS, Room, Rooms, World, cell_of, place_of
 
 # The published settings; the others are Stable-Baselines3's defaults.
 BATCH, EPOCHS, RATE = 50, 20, 3e-4
@@ -36,9 +36,9 @@ class Histories(NamedTuple):
     next_cells: torch.Tensor
     """The cell in which each step ended, including the last step of an episode."""
 
-    def returns(self) -> torch.Tensor:
-        """Returns the returns (goals, streams, episodes)."""
-        return self.rewards.float().unflatten(-1, (-1, EPISODE)).sum(-1)
+    def returns(self, episode: int) -> torch.Tensor:
+        """Returns the returns (goals, streams, episodes); `episode`: its number of steps."""
+        return self.rewards.float().unflatten(-1, (-1, episode)).sum(-1)
 
     @staticmethod
     def concatenate(parts: Sequence[Histories]) -> Histories:
@@ -96,22 +96,61 @@ class _Networks:
         self.optimizer.step()
 
 
-def ppo(goals: Sequence[int], num_streams: int, num_steps: int, seed: int) -> Histories:
+def ppo(
+    world: World,
+    goals: Sequence[int],
+    num_streams: int,
+    num_steps: int,
+    seed: int,
+    after_episode: Callable[[], None] = lambda: None,
+    kept: Path | None = None,
+) -> Histories:
     """Returns the histories of all `goals`, which are trained side by side.
 
-    On one thread of one machine they depend only on the arguments.
+    On one thread of one machine they depend only on the arguments. After each episode its state is
+    in the file `kept`; if there is one, the histories go on from it, with the same result.
     """
     generator = torch.Generator().manual_seed(seed)
     networks = _Networks(len(goals), generator)
-    rooms = Rooms(torch.tensor(goals)[:, None].expand(-1, num_streams).contiguous())
-    episodes = []
-    for _ in range(num_steps // EPISODE):
+    rooms = Rooms(world, torch.tensor(goals)[:, None].expand(-1, num_streams).contiguous())
+    episodes = [] if kept is None or not kept.exists() else _read_state(kept, networks, generator)
+    for _ in episodes:
+        after_episode()
+    for _ in range(len(episodes), num_steps // world.episode):
         episode, probabilities, values = _play(networks, rooms, generator)
         episodes.append(episode)
         advantages = _advantages(episode.rewards.float(), values)
         _update(networks, episode, probabilities, advantages, advantages + values, generator)
+        if kept is not None:
+            _write_state(kept, networks, generator, episodes)
+        after_episode()
     columns = zip(*episodes, strict=True)
     return Histories(*(torch.cat(column, -1).to(torch.uint8) for column in columns))
+
+
+def _write_state(
+    path: Path, networks: _Networks, generator: torch.Generator, episodes: list[Histories]
+) -> None:
+    """Writes all that later episodes depend on. A kill leaves the file of the episode before."""
+    state = {
+        "parameters": [each.detach() for each in networks.parameters],
+        "optimizer": networks.optimizer.state_dict(),
+        "generator": generator.get_state(),
+        "episodes": [[each.to(torch.uint8) for each in episode] for episode in episodes],
+    }
+    part = path.with_name(f"{path.name}.part")
+    torch.save(state, part)
+    part.replace(path)
+
+
+def _read_state(path: Path, networks: _Networks, generator: torch.Generator) -> list[Histories]:
+    """Reads what `_write_state` wrote, and returns the episodes."""
+    state = torch.load(path, weights_only=True)
+    for own, saved in zip(networks.parameters, state["parameters"], strict=True):
+        own.data.copy_(saved)
+    networks.optimizer.load_state_dict(state["optimizer"])
+    generator.set_state(state["generator"])
+    return [Histories(*episode) for episode in state["episodes"]]
 
 
 PLACES = torch.tensor([place_of(cell) for cell in range(NUM_CELLS)], dtype=torch.float32)
@@ -123,10 +162,10 @@ def _play(
 ) -> tuple[Histories, torch.Tensor, torch.Tensor]:
     """Plays one episode in every stream: (its steps, log probabilities of actions, values).
 
-    All tensors are (goals, streams, 20).
+    All tensors are (goals, streams, steps).
     """
     cells, steps = rooms.reset(), []
-    for _ in range(EPISODE):
+    for _ in range(rooms.world.episode):
         logs, values = networks(PLACES[cells])
         drawn = torch.multinomial(logs.exp().flatten(0, 1), 1, generator=generator)
         actions = drawn.view_as(cells)
@@ -142,7 +181,7 @@ def _advantages(rewards: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Returns generalised advantages along the last dimension, which is one episode."""
     result, later = torch.empty_like(values), torch.zeros_like(values[..., 0])
     after = later  # the value after the last step is 0
-    for step in reversed(range(EPISODE)):
+    for step in reversed(range(rewards.shape[-1])):
         error = rewards[..., step] + GAMMA * after - values[..., step]
         later = error + GAMMA * LAMBDA * later
         after, result[..., step] = values[..., step], later
@@ -180,29 +219,45 @@ def _update(
 
 
 def stable_baselines(
-    goals: Sequence[int], num_streams: int, num_steps: int, seed: int
+    world: World,
+    goals: Sequence[int],
+    num_streams: int,
+    num_steps: int,
+    seed: int,
+    after_episode: Callable[[], None] = lambda: None,
+    kept: Path | None = None,
 ) -> Histories:
-    """Returns histories of Stable-Baselines3's own PPO, one goal after the other."""
+    """Returns histories of Stable-Baselines3's own PPO, one goal after the other.
+
+    Nothing is `kept` of a goal that is not finished.
+    """
     parts = []
     for goal in goals:
         steps: list[Step] = []
-        learner = make_learner(goal, num_streams, seed)
-        learner.learn(num_streams * num_steps, callback=partial(record, steps))
+        learner = make_learner(world, goal, num_streams, seed)
+
+        def record_step(values: dict[str, Any], of_learner: Any, steps: list[Step] = steps) -> bool:
+            goes_on = record(steps, values, of_learner)
+            if len(steps) % world.episode == 0:
+                after_episode()
+            return goes_on
+
+        learner.learn(num_streams * num_steps, callback=record_step)
         columns = zip(*steps, strict=True)
         stacked = (torch.stack(column, -1)[None].to(torch.uint8) for column in columns)
         parts.append(Histories(*stacked))
     return Histories.concatenate(parts)
 
 
-def make_learner(goal: int, num_streams: int, seed: int) -> Any:
+def make_learner(world: World, goal: int, num_streams: int, seed: int) -> Any:
     """Returns a PPO of Stable-Baselines3 that has not learnt yet."""
     from stable_baselines3 import PPO
     from stable_baselines3.common.vec_env import DummyVecEnv
 
     return PPO(
         "MlpPolicy",
-        DummyVecEnv([partial(Darkroom, place_of(goal))] * num_streams),
-        n_steps=EPISODE,
+        DummyVecEnv([partial(Room, world, goal)] * num_streams),
+        n_steps=world.episode,
         batch_size=BATCH,
         n_epochs=EPOCHS,
         learning_rate=RATE,

@@ -27,8 +27,8 @@ from sft.runtime.disk import refuse_if_unwritable
 from sft.runtime.hardware import to_device
 from sft.runtime.tensor_file import TensorFile
 from sft.tasks.base import ExampleSize, Finding, Labels, Results, Shrunk, Task, TaskInfo, Workload
-from sft.tasks.distill import darkroom, histories, report, rollout
-from sft.tasks.distill.config import EPISODE, Distill, DistillConfig
+from sft.tasks.distill import grid, histories, report, rollout
+from sft.tasks.distill.config import Distill, DistillConfig
 from sft.tasks.distill.source import SOURCES, Histories
 from sft.tasks.distill.transformer import (
     ENDS,
@@ -39,6 +39,7 @@ from sft.tasks.distill.transformer import (
     with_marks,
 )
 from sft.tasks.distill.windows import Windows, blank_histories, num_bytes, split, workload
+from sft.tasks.distill.worlds import world_of
 from sft.train.engine import Engine
 
 SETTINGS = "distill.json"  # beside a saved model
@@ -95,7 +96,7 @@ class Distillation(Task):
             "hidden_size": settings.width,
             "num_hidden_layers": settings.num_layers,
             "num_attention_heads": settings.num_heads,
-            "vocab_size": len(darkroom.MOVES),
+            "vocab_size": len(grid.MOVES),
         }
         return TaskInfo(
             SimpleNamespace(**sizes),
@@ -142,8 +143,7 @@ class Distillation(Task):
     ) -> int:
         """Returns the bytes of an fp32 copy of the model and of the attempts that a rank plays."""
         settings = config.distill
-        _, unseen = darkroom.split_goals(settings.split_seed)
-        attempts = math.ceil(len(unseen) * settings.eval_seeds / world_size)
+        attempts = math.ceil(grid.NUM_UNSEEN * settings.eval_seeds / world_size)
         copy = 4 * sum(p.numel() for p in cls.skeleton(config).parameters())
         return copy + attempts * rollout.bytes_per_attempt(settings)
 
@@ -156,7 +156,7 @@ class Distillation(Task):
     @classmethod
     def describe(cls, config: DistillConfig) -> list[tuple[str, str]]:
         settings = config.distill
-        num_goals = len(darkroom.split_goals(settings.split_seed)[0])
+        num_goals = world_of(settings.world).num_trained
         kind = "compressed context" if settings.compress else "plain context"
         heads = f"{settings.num_layers} layers, {settings.num_heads} heads, width {settings.width}"
         return [
@@ -186,8 +186,9 @@ class Distillation(Task):
         torch.set_num_threads(1)  # as in the processes that collect
         started = time.process_time()  # not by the clock: other programs may use this core
         seed, learnt = missing[0]
-        SOURCES[settings.source](learnt, settings.num_streams, EPISODE, seed)
-        seconds = (time.process_time() - started) * settings.num_steps / EPISODE
+        world, episode = world_of(settings.world), settings.episode
+        SOURCES[settings.source](world, learnt, settings.num_streams, episode, seed)
+        seconds = (time.process_time() - started) * settings.num_steps / episode
         torch.set_num_threads(threads)
         rounds = math.ceil(len(missing) / min(len(missing), hardware.usable_cores()))
         number = sum(len(learnt) for _, learnt in missing)
@@ -220,7 +221,7 @@ class Distillation(Task):
     def shrink(cls, config: DistillConfig, folder: Path, exact: bool) -> Shrunk:
         """Returns values with a narrow model and short histories of PPO, which it collects."""
         given = config.distill
-        context = min(given.context, 2 * EPISODE)  # one episode for each region of `compress`
+        context = min(given.context, 2 * given.episode)  # one episode for each region of `compress`
         wide = given.width > SMALL_WIDTH
         sizes = {
             "num_layers": min(given.num_layers, SMALL_LAYERS),
@@ -304,8 +305,8 @@ class Distillation(Task):
 
     def name_example(self, number: int) -> str:
         goal, _, episodes = self.train.choose(number)
-        place = darkroom.place_of(darkroom.split_goals(self.settings.split_seed)[0][goal])
-        return f"goal {place} in episodes {episodes[0]} to {episodes[-1]}"
+        name = world_of(self.settings.world).name_of(histories.goals_of(self.settings)[0][goal])
+        return f"goal {name} in episodes {episodes[0]} to {episodes[-1]}"
 
     # -- results
 
@@ -338,7 +339,7 @@ class Distillation(Task):
         """
         settings, accelerator = self.settings, self.accelerator
         copy = whole_copy(model, settings, accelerator)
-        _, unseen = darkroom.split_goals(settings.split_seed)
+        _, unseen = histories.goals_of(settings)
         attempts = [(goal, seed) for goal in unseen for seed in range(settings.eval_seeds)]
         own = attempts[accelerator.process_index :: accelerator.num_processes]
         played = rollout.play(copy, own, num_episodes, after_episode=after_episode) if own else None
@@ -361,7 +362,7 @@ class Distillation(Task):
         self, base: Results | None, tuned: Results
     ) -> tuple[list[tuple[str, str]], dict[str, str]]:
         _, tried = tuned.details
-        found = report.summarise_returns(tried).items()
+        found = report.summarise_returns(world_of(self.settings.world), tried).items()
         rows = [(name.replace("_", " "), f"{each['mean']:.2f}") for name, each in found]
         command = f"make evaluate RUN={self.config.train.output_dir}"
         return rows, {command: "the same, with other seeds or more episodes"}

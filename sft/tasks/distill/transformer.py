@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sft.tasks.distill.config import Distill
-from sft.tasks.distill.darkroom import MOVES, NUM_CELLS, SIZE, place_of
+from sft.tasks.distill.grid import MOVES, NUM_CELLS, SIZE, place_of
 from sft.tasks.distill.source import Histories
 
 # The features of a token, in this order: cell, action, reward and next cell of the transition;

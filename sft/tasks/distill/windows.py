@@ -19,10 +19,11 @@ import numpy as np
 import torch
 
 from sft.tasks.base import Workload
-from sft.tasks.distill.config import EPISODE, Distill
-from sft.tasks.distill.darkroom import NUM_CELLS, split_goals
+from sft.tasks.distill.config import Distill
+from sft.tasks.distill.grid import NUM_CELLS
 from sft.tasks.distill.source import Histories
 from sft.tasks.distill.transformer import num_positions
+from sft.tasks.distill.worlds import world_of
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,19 @@ class Windows:
     @property
     def num_episodes(self) -> int:
         """Returns the number of episodes of a history."""
-        return self.settings.num_steps // EPISODE
+        return self.settings.num_steps // self.settings.episode
 
     @cached_property
     def _episodes(self) -> Histories:
-        """Returns the histories as (goals, streams, episodes, 20)."""
-        return Histories(*(each.unflatten(-1, (-1, EPISODE)) for each in self.histories))
+        """Returns the histories as (goals, streams, episodes, steps)."""
+        steps = self.settings.episode
+        return Histories(*(each.unflatten(-1, (-1, steps)) for each in self.histories))
 
     @cached_property
     def _rewarded(self) -> np.ndarray:
         """Returns whether the goal was found, (goals, own streams, episodes)."""
-        return (self.histories.returns()[:, self.first : self.last] > 0).numpy()
+        returns = self.histories.returns(self.settings.episode)
+        return (returns[:, self.first : self.last] > 0).numpy()
 
     @cached_property
     def _visited(self) -> np.ndarray:
@@ -67,7 +70,7 @@ class Windows:
     def choose(self, number: int) -> tuple[int, np.ndarray, np.ndarray]:
         """Returns (goal, streams, episodes) of a window."""
         random = np.random.default_rng([self.settings.source_seed, number])
-        goal, size = number % self.num_goals, self.settings.context // EPISODE
+        goal, size = number % self.num_goals, self.settings.context // self.settings.episode
         streams = random.integers(self.first, self.last, size)
         limit = random.integers(2 * size)  # of early episodes; in half of the windows there is none
         early = np.sort(random.integers(self.settings.search_episodes, size=size))[:limit]
@@ -97,7 +100,7 @@ class Windows:
         """Returns the histories (windows, context) of these windows."""
         chosen = [self.choose(number) for number in numbers]
         goal = torch.tensor([goal for goal, _, _ in chosen], dtype=torch.long)[:, None]
-        size = self.settings.context // EPISODE
+        size = self.settings.context // self.settings.episode
         stream, episode = (
             torch.from_numpy(np.array([c[i] for c in chosen]).reshape(-1, size)).long()
             for i in (1, 2)
@@ -114,15 +117,15 @@ def split(found: Histories, settings: Distill) -> tuple[Windows, Windows]:
 
 def blank_histories(settings: Distill) -> Histories:
     """Returns zeros for uses in which only sizes matter; all share one place in memory."""
-    number = len(split_goals(settings.split_seed)[0])
+    number = world_of(settings.world).num_trained
     shape = (number, settings.num_streams, settings.num_steps)
     return Histories(*[torch.zeros(1, 1, 1, dtype=torch.uint8).expand(shape)] * 4)
 
 
 def num_bytes(settings: Distill) -> int:
     """Returns the bytes of all histories, and of the rewards and visits that select windows."""
-    number = len(split_goals(settings.split_seed)[0]) * settings.num_streams
-    rewarded, visited = settings.num_steps // EPISODE, settings.search_episodes * NUM_CELLS
+    number = world_of(settings.world).num_trained * settings.num_streams
+    rewarded, visited = settings.num_steps // settings.episode, settings.search_episodes * NUM_CELLS
     return number * (4 * settings.num_steps + rewarded + visited)
 
 
