@@ -150,7 +150,7 @@ def few(tmp_path, monkeypatch) -> Distill:
     )
 
 
-def test_a_collection_that_was_stopped_goes_on(few):
+def test_a_collection_that_was_stopped_goes_on(few, monkeypatch):
     folder = histories.collect(few)
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert len(list(folder.glob("goal_*.parquet"))) == 73
@@ -163,9 +163,45 @@ def test_a_collection_that_was_stopped_goes_on(few):
     again = {path for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp}
     assert again == {histories.path_of(few, goal) for goal in group}
 
+    for goal in group:
+        histories.path_of(few, goal).unlink()
+    play, played, beats = source._play, [], []
+
+    def beat() -> None:
+        beats.append(len(played))
+        if len(played) == 2:
+            raise KeyboardInterrupt
+
+    def played_episode(*arguments):
+        played.append(0)
+        return play(*arguments)
+
+    monkeypatch.setattr(source, "_play", played_episode)
+    with pytest.raises(KeyboardInterrupt):
+        histories.collect(few, beat)
+    assert beats == [1, 2]  # one for each episode
+    histories.collect(few)
+    assert len(played) == 6  # none of its episodes was played again
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+
+
+@pytest.mark.thorough("all but the processes in test_a_collection_that_was_stopped_goes_on")
+def test_processes_collect_what_one_process_does(tmp_path, monkeypatch):
+    sizes = {"num_streams": 2, "held_out_streams": 1, "num_steps": 40, "context": 40}
+    found, beats = {}, []
+    for cores in (1, 2):
+        monkeypatch.setattr(hardware, "usable_cores", lambda cores=cores: cores)
+        settings = Distill(data_dir=str(tmp_path / str(cores)), jump_to=3, **sizes)
+        monkeypatch.setattr(histories, "POLL", 0.05)
+        histories.collect(settings, lambda cores=cores: beats.append(cores))
+        found[cores] = histories.load(settings)
+    assert all(map(torch.equal, found[1], found[2]))
+    assert beats.count(1) == 4 * 2  # of each group's episodes
+    assert beats.count(2) > 1
+
 
 def test_a_file_has_the_documented_columns(few):
-    folder = histories.collect(few)
+    histories.collect(few)
     goal = DARKROOM.split_goals(0)[0][5]
     table = pq.read_table(histories.path_of(few, goal)).to_pydict()
     assert list(table) == list(histories.COLUMNS)

@@ -25,8 +25,7 @@ class Distill(Section):
     """Source histories of a gridworld, the model that learns from them, and its evaluation."""
 
     world: WorldName = "darkroom"
-    """`darkroom`: a hidden goal, reward 1 for every step on it, 20 steps an episode. `key_to_door`:
-    a hidden key, then a hidden door, reward 1 for each once, 50 steps an episode."""
+    """World in which the histories are made (docs/research/DISTILL.md)."""
     data_dir: Folder = ".cache/darkroom"
     """Folder of the source histories, with a subfolder for each set of settings that make them."""
     source: Literal["ppo", "stable_baselines3"] = "ppo"
@@ -35,8 +34,7 @@ class Distill(Section):
     source_seed: Seed = 0
     """Seed of the source histories."""
     split_seed: Seed = 0
-    """Seed of the split into goals to train on (Darkroom: 73, Key-to-Door: 120) and 8 unseen ones.
-    0: for the Darkroom, the published split."""
+    """Seed of the split into goals to train on and 8 unseen ones. 0: the published split."""
     num_streams: Count = 100
     """Number of copies of the room in which a source learns at once; each gives one history."""
     num_steps: Count = 1000
