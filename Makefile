@@ -50,7 +50,7 @@ model = --model "$${MODEL:-$${RUN:-outputs/nano}$(part)}" $(call option,adapter,
 merged = $(if $(value OUTPUT)$(value AGENT),--output "$${OUTPUT:-$${RUN:-outputs/nano}/merged_agent$$AGENT}")
 gguf = $(if $(value GGUF)$(value LLAMA_CPP),--gguf "$${GGUF:-$$LLAMA_CPP}")
 
-.PHONY: help setup setup-accelerate gpu-info memory-check plan check process audit show-data \
+.PHONY: help setup setup-accelerate import gpu-info memory-check plan check process audit show-data \
 	train train-crowd train-distributed train-fsdp train-deepspeed train-distributed-tb train-fsdp-tb train-deepspeed-tb tensorboard \
 	tb-stop verify-resume verify-invariance collect-darkroom train-darkroom evaluate eval-quick eval-test compare classify infer infer-batch merge merge-test nano test test-all test-fast test-gpu lint format docs clean
 
@@ -73,6 +73,9 @@ $(READY): requirements.txt
 
 setup-accelerate: $(READY) ## Write Accelerate's launch file and prove it [AUTO=1] [ACCELERATE_CONFIG=file]
 	@$(BIN)/python -m sft $@ $(call flag,auto,AUTO) $(call option,config-file,ACCELERATE_CONFIG)
+
+import: $(READY) ## Write an Axolotl, LLaMA-Factory or TRL configuration as one of ours [OUTPUT=file.yaml]
+	@$(sft) $(call option,output,OUTPUT) $(call option,num-processes,NUM_PROCESSES)
 
 ##@ Look
 gpu-info: $(READY) ## Show devices, memory, bf16 and versions

@@ -37,6 +37,11 @@ VERBS = {
     "setup-accelerate": Verb(
         "Start", "Write Accelerate's launch file and prove it", "setup_accelerate.setup_accelerate"
     ),
+    "import": Verb(
+        "Start",
+        "Write an Axolotl, LLaMA-Factory or TRL configuration as one of ours",
+        "translate.import_config",
+    ),
     "gpu-info": Verb("Look", "Show devices, memory, bf16 and versions", "machine.gpu_info"),
     "memory-check": Verb(
         "Look", "Show how much memory and disk is used, and by what", "machine.memory_check"

@@ -232,7 +232,7 @@ def explain(tree: Mapping[str, Any], sections: Mapping[str, Collection[str]]) ->
     `sections`: the keys of each section of this project.
     """
     own = [name for name, keys in sections.items() if _is_own(tree.get(name), keys)]
-    program = _find_program([key for key in tree if key not in own], bool(own))
+    program = find_program([key for key in tree if key not in own], bool(own))
     if program is None:
         return []
     known = PROGRAMS.get(program, {})
@@ -254,7 +254,7 @@ def explain(tree: Mapping[str, Any], sections: Mapping[str, Collection[str]]) ->
     return lines
 
 
-def _find_program(keys: Collection[str], has_own: bool) -> str | None:
+def find_program(keys: Collection[str], has_own: bool) -> str | None:
     """Returns the program that has most of these keys; None if each has fewer than three.
 
     A configuration that also has sections of this project is that of a program with such sections,
