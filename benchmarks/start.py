@@ -8,8 +8,7 @@ private memory (RssAnon of /proc/self/status, every 2 ms; pages of mapped files 
 cache and are not counted), less what the process had before, and the most of all ranks. `own` is
 the bytes of a rank's elements. In ZeRO-3 these have fp32 copies and gradients if they are trained,
 for which DeepSpeed makes room at the start. `layer` is the largest layer as it is stored; the bound
-is their sum. `quantise` is what bitsandbytes itself takes on a CPU to quantise the largest matrix,
-which comes on top. The C library returns what is freed (MALLOC_MMAP_THRESHOLD_).
+is their sum. The C library returns what is freed (MALLOC_MMAP_THRESHOLD_).
 `read` is what all ranks together read from disk (read_bytes of /proc/self/io), after the files were
 dropped from the page cache. The rows `whole` are runs in which every rank reads the whole model, as
 it is done where a model cannot be cut.
@@ -141,16 +140,6 @@ def rank(model: str, mode: str, engine: str, start: str, out: Path) -> None:
         shared = share_model(built, config.train, accelerator)
         return shared, layer, sum(map(own_bytes, shared.module.parameters()))
 
-    def quantise_alone() -> int:
-        """Returns what bitsandbytes takes to quantise the largest matrix; on a GPU next to none."""
-        from bitsandbytes.functional import quantize_4bit
-
-        shape = LAYER["intermediate_size"], LAYER["hidden_size"]
-        weight = torch.ones(shape, dtype=torch.bfloat16)
-        with Peak() as alone:
-            quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
-        return alone.peak
-
     accelerators: list[Any] = []
     messages: list[str] = []
     kept = [begin(str(ROOT / "nano/model"))]  # libraries import and compile at the first use
@@ -166,7 +155,6 @@ def rank(model: str, mode: str, engine: str, start: str, out: Path) -> None:
         "layer_bytes": kept[1][1],
         "own_bytes": kept[1][2],
         "read_bytes": read_bytes() - already,
-        "quantise_bytes": quantise_alone() if mode == "qlora" else 0,
         "seconds": seconds,
     }
     index = accelerators[0].process_index
@@ -225,7 +213,6 @@ def measure(model: Path, world: int, mode: str, engine: str, start: str) -> dict
         "kept_bytes": max(each["kept_bytes"] for each in ranks),
         "own_bytes": max(each["own_bytes"] for each in ranks),
         "layer_bytes": ranks[0]["layer_bytes"],
-        "quantise_bytes": max(each["quantise_bytes"] for each in ranks),
         "bound_bytes": bound,
         "peak_of_bound": peak / bound,
         "file_bytes": sum(file.stat().st_size for file in files),
@@ -242,11 +229,10 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
 def line(row: dict[str, Any]) -> str:
     """Returns a row as it is printed."""
     peak, own, layer = (row[f"{key}_bytes"] / 2**20 for key in ("peak", "own", "layer"))
-    quantise = row.get("quantise_bytes", 0) / 2**20
     return (
         f"{row['processes']} {row['engine']:6} {row['mode']:5} {row['start']:5}  peak {peak:6,.0f} "
         f"MiB  own {own:6,.0f}  layer {layer:4,.0f}  peak / (own + layer) "
-        f"{row['peak_of_bound']:.2f}  quantise {quantise:.0f}  "
+        f"{row['peak_of_bound']:.2f}  "
         f"read {row['read_bytes'] / row['file_bytes']:.2f} x the files  {row['seconds']:.0f} s"
     )
 

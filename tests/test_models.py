@@ -27,7 +27,7 @@ from sft import errors
 from sft.config.schema import Config, Model, Tuning
 from sft.data import batches
 from sft.errors import ConfigError
-from sft.models import adapt, attention, classes, dtypes, layers, load, pretrained
+from sft.models import adapt, attention, classes, dtypes, layers, load, pretrained, quantise
 from sft.models.attention import (
     documents_are_isolated,
     keep_documents_apart,
@@ -398,3 +398,22 @@ def test_what_writes_no_text_is_refused_in_one_sentence_before_weights_are_read(
         with pytest.raises(errors.ModelError, match=reason) as found:
             start()
         assert len(str(found.value)) < 300 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (64, 1), (37, 101), (8, 3, 160), (65_537,)])
+def test_slices_of_a_matrix_are_quantised_to_the_bits_of_the_whole(monkeypatch, shape, dtype, kind):
+    from bitsandbytes.functional import quantize_4bit
+
+    quantise.quantise_in_slices()
+    torch.manual_seed(0)
+    weight, found = torch.randn(shape, dtype=dtype), []
+    for blocks in (2**30, 1, 7):  # the first is one slice: bitsandbytes' own code
+        monkeypatch.setattr(quantise, "_BLOCKS", blocks)
+        found.append(quantize_4bit(weight, compress_statistics=True, quant_type=kind))
+    (packed, state), *others = found
+    for other, its_state in others:
+        assert torch.equal(other, packed)
+        assert other.shape == packed.shape
+        assert torch.equal(its_state.absmax, state.absmax)
