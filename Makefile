@@ -28,9 +28,9 @@ export TOKENIZERS_PARALLELISM := false
 export NUM_PROCESSES NUM_MACHINES MACHINE_RANK MASTER_ADDR MASTER_PORT ACCELERATE_CONFIG
 
 # A variable on the command line that no target reads would be ignored: CONFIGS=my.yaml would train the default.
-VARIABLES := A ACCELERATE_CONFIG ADAPTER AGENT ARGS AUTO B BASE COMPARE CONFIG COST_PER_HOUR DEEPSPEED DTYPE GGUF GIB GPU IDS \
-	INPUT JSON LINK LLAMA_CPP LOGDIR MACHINE_RANK MASTER_ADDR MASTER_PORT MERGED METRIC MODEL NUM_MACHINES NUM_PROCESSES OUTPUT OUTPUTS \
-	PORT PROMPT PYTHON ROW RUN SEQ SHOW SYSTEM TB TUNE TUNING UNIFORM VENV VENV_TOO
+VARIABLES := A ACCELERATE_CONFIG ADAPTER AGENT ARGS AUTO B BASE BY COMPARE CONFIG COST_PER_HOUR DEEPSPEED DTYPE GGUF GIB GPU IDS \
+	INPUT JSON KEY LINK LLAMA_CPP LOGDIR MACHINE_RANK MASTER_ADDR MASTER_PORT MERGED METRIC MODEL NUM_MACHINES NUM_PROCESSES OUTPUT OUTPUTS \
+	PORT PROMPT PYTHON RECEIPT ROW RUN SEQ SHOW SIGNERS STEPS SYSTEM TB TUNE TUNING UNIFORM VENV VENV_TOO
 $(foreach name,$(filter-out $(VARIABLES) MAKE% -%,$(.VARIABLES)),$(if $(findstring command line,$(origin $(name))),\
 	$(error $(name): no target reads it; keys of the configuration go into ARGS="section.key=value". Known: $(VARIABLES))))
 
@@ -52,7 +52,7 @@ gguf = $(if $(value GGUF)$(value LLAMA_CPP),--gguf "$${GGUF:-$$LLAMA_CPP}")
 
 .PHONY: help setup setup-accelerate import gpu-info memory-check plan check process audit show-data \
 	train train-crowd train-distributed train-fsdp train-deepspeed train-distributed-tb train-fsdp-tb train-deepspeed-tb tensorboard \
-	tb-stop verify-resume verify-invariance collect-darkroom train-darkroom evaluate eval-quick eval-test compare classify infer infer-batch merge merge-test nano test test-all test-fast test-gpu lint format docs clean
+	tb-stop verify-resume verify-invariance collect-darkroom train-darkroom evaluate eval-quick eval-test compare classify infer infer-batch merge merge-test receipt verify-receipt nano test test-all test-fast test-gpu lint format docs clean
 
 ##@ Start
 help: ## This list
@@ -166,6 +166,13 @@ merge: $(READY) ## Merge RUN into its base, and prove it [OUTPUT=] [DTYPE=bf16] 
 
 merge-test: $(READY) ## Prove a merged folder again [MERGED=folder] [RUN=folder] [GGUF=llama.cpp]
 	@$(run) --test "$$MERGED" $(call option,base,BASE) $(gguf) $(ARGS)
+
+receipt: $(READY) ## Write one file from which a reviewer can repeat RUN's steps [KEY=ssh key] [BY="name"]
+	@$(run) $(call option,by,BY) $(call option,key,KEY) $(ARGS)
+
+verify-receipt: $(READY) ## Check a receipt against data, files and steps that are trained again [STEPS=20-30] [RECEIPT=] [SIGNERS=]
+	@$(run) $(call option,receipt,RECEIPT) $(call option,steps,STEPS) $(call option,num-processes,NUM_PROCESSES) \
+		$(call option,signers,SIGNERS) $(ARGS)
 
 ##@ Develop
 nano: $(READY) ## Remake the embedded base model and its task from nothing (about 35 minutes)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from rich.table import Table
 
@@ -38,6 +39,7 @@ from sft.runtime.processes import (
     drop_launch_requirements,
     end_processes,
     refuse_differences,
+    software,
     start_processes,
 )
 from sft.runtime.watchdog import Guard
@@ -83,21 +85,19 @@ def _run(
     started = time.perf_counter()
     accelerator, log, guard = context.accelerator, context.log, context.guard
     folder = Path(config.train.output_dir)
-    step = math.inf
+    own, step = identity(config.train, kind.identity_of(config, prepared)), math.inf
     if resumed_from:
-        own = identity(config.train, kind.identity_of(config, prepared))
         step = read_state(resumed_from, own)["step"]
     kind.refuse_unusable(config, prepared)
-    machine = hardware.detect(folder)
-    # The plan counts the data, which are in memory already: so their bytes count as available.
-    resident = accelerator.num_processes * kind.resident_bytes(prepared)
-    machine = replace(machine, ram_available_bytes=machine.ram_available_bytes + resident)
+    machine = _machine(folder, accelerator.num_processes * kind.resident_bytes(prepared))
     workload = kind.workload(config, prepared)
     planned = calibration.make_common_plan(config, workload, machine, accelerator)
     if warning := refuse_if_full(planned.disk, config.train, step):
         log.say(f"warning: {warning}")
     resolved = with_values(config, plan.resolved_values(planned))
-    log.say(_banner(config, kind.describe(config), planned, describe_world(accelerator)))
+    world = describe_world(accelerator)
+    log.record(_attempt(config.train, own, planned, world["devices"], step if resumed_from else 0))
+    log.say(_banner(config, kind.describe(config), planned, world))
     for shown in (
         hardware.machine_table(machine),
         report.plan_table(planned),
@@ -139,6 +139,13 @@ def _run(
         rows, commands = task.closing_rows(base, tuned)
         log.say(_closing(config, rows, commands, measured))
     return tuned.metrics
+
+
+def _machine(folder: Path, resident: int) -> hardware.Hardware:
+    """Returns this machine. The `resident` bytes of the data count as available: the plan counts
+    them, too."""
+    machine = hardware.detect(folder)
+    return replace(machine, ram_available_bytes=machine.ram_available_bytes + resident)
 
 
 def _train(
@@ -288,6 +295,25 @@ def _open_log(config: RunConfig, accelerator: Accelerator) -> Log:
         values = {"project": "sft", "name": folder.name, "config": public_values(config)}
         wandb = importlib.import_module("wandb").init(**values)
     return Log(folder, tensorboard=config.train.tensorboard, wandb=wandb)
+
+
+def _attempt(
+    train: Train, own: dict[str, str], planned: plan.Plan, devices: str, step: float
+) -> dict[str, Any]:
+    """Returns what history.jsonl says about this start, or resume after `step`."""
+    settings = train.deepspeed_config and checkpoint.sha256(Path(train.deepspeed_config))
+    place = {  # what the bits of a result depend on, besides its configuration
+        "devices": devices,
+        "threads": str(torch.get_num_threads()),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "processes": str(planned.world_size),
+        "engine": train.engine,
+        "settings of DeepSpeed": settings or "none",
+        "tokens of a micro-batch": f"{planned.budget.max_tokens} {planned.budget.layout}",
+        "precision": planned.precision,
+        **software(),
+    }
+    return {"event": "attempt", "after_step": step, "identity": own, "place": place}
 
 
 def _banner(

@@ -127,6 +127,14 @@ VERBS = {
     "infer-batch": Verb("Use", "Answer every row of INPUT into OUTPUT (JSONL)", "use.infer_batch"),
     "merge": Verb("Use", "Merge RUN into its base, and prove it", "use.merge"),
     "merge-test": Verb("Use", "Prove a merged folder again", "use.merge"),
+    "receipt": Verb(
+        "Use", "Write one file from which a reviewer can repeat RUN's steps", "receipt.receipt"
+    ),
+    "verify-receipt": Verb(
+        "Use",
+        "Check a receipt against data, files and steps that are trained again",
+        "receipt.verify_receipt",
+    ),
 }
 
 

@@ -338,6 +338,17 @@ def manifest_sha256(folder: Path) -> str:
     return hashlib.sha256(values.encode()).hexdigest()
 
 
+def tensors_sha256(folder: Path) -> str:
+    """Returns a digest of the files of tensors that a manifest names: weights and optimizer.
+
+    Files that name the attempt, such as trainer.json, do not enter it, so a repeated run has the
+    same. Raises OSError or ValueError.
+    """
+    files = read_manifest(folder)["files"]
+    named = {name: files[name]["sha256"] for name in files if name.endswith(".safetensors")}
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+
+
 def fault(folder: Path, *, digests: bool = True) -> str | None:
     """Returns why the checkpoint in `folder` must not be loaded, or None.
 

@@ -75,10 +75,12 @@ def kill_tree(pid: int) -> None:
                 process.kill()
 
 
-def run_captured(command: Sequence[str], seconds: float, environment: Mapping[str, str]) -> str:
+def run_captured(
+    command: Sequence[str], seconds: float | None, environment: Mapping[str, str]
+) -> str:
     """Returns what a command and its descendants print, when the last of them has ended.
 
-    Kills them all after `seconds`.
+    Kills them all after `seconds`, if that is given.
     """
     with subprocess.Popen(
         command,

@@ -13,7 +13,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,7 +23,7 @@ from rich.progress import Progress
 from sft.errors import Preempted, UserError, redact
 from sft.runtime import output, plain
 from sft.runtime.console import Advance, bar, make_console
-from sft.runtime.run_folder import METRICS, last_step, metrics_end
+from sft.runtime.run_folder import HISTORY, METRICS, last_step, metrics_end
 
 
 def _hide_writers_trace(found: threading.ExceptHookArgs) -> None:
@@ -163,6 +163,13 @@ class Log:
                 self._board.flush()
         if self._wandb:
             self._try_wandb(lambda: self._wandb.log(values, step=step))
+
+    def record(self, event: dict[str, Any]) -> None:
+        """Appends a line to history.jsonl, from which a receipt is made."""
+        if self.folder:
+            with closing(_Lines(self.folder / HISTORY, self._warn)) as lines:
+                lines.write(json.dumps(event) + "\n")
+                lines.sync()
 
     def sync_metrics(self) -> None:
         """Waits until the disk has metrics.jsonl, of which a checkpoint needs what came before."""

@@ -256,10 +256,13 @@ def collect_facts(config: RunConfig, data: Mapping[str, str]) -> dict[str, str]:
         for section, keys in config.model_dump(mode="json").items()
         for key, value in keys.items()
     }
+    return {**values, **data, **software()}
+
+
+def software() -> dict[str, str]:
+    """Returns the versions of libraries, and a digest of this package."""
     code = [path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py"))]
     return {
-        **values,
-        **data,
         **{f"version of {name}": found for name, found in hardware.library_versions().items()},
         "code of sft": sha256(b"".join(code)).hexdigest(),
     }

@@ -29,6 +29,7 @@ NAME = re.compile(r"checkpoint_step_(\d+)")
 FINAL = "final_checkpoint"
 METRICS = "metrics.jsonl"
 BEST = "best.json"
+HISTORY = "history.jsonl"  # every attempt, and the digests of every checkpoint's tensors
 ORIGIN = "origin.json"  # the checkpoint of another folder with which the run began
 # What only a run that has finished writes, or a command that uses it:
 RESULTS = re.compile(rf"{FINAL}|evaluation|classify|merged(_agent\d+)?(\.failed(\.\d+)?)?")
@@ -37,7 +38,7 @@ ABANDONED = "abandoned"
 FILES = (
     *("status.json", ".lock", "traceback.txt", "launcher.log", "requeue.json", "config.yaml"),
     *("plan.json", "audit.json", "audit.html", "coverage.json", "rejected.jsonl", "training.log"),
-    *(METRICS, BEST, ORIGIN),
+    *(METRICS, HISTORY, BEST, ORIGIN),
     *("metrics.json", "predictions.jsonl", *BASE_RESULTS),  # in a folder of an evaluation
 )
 WRITTEN_FIRST = ("status.json", ".lock", "traceback.txt", "launcher.log", "requeue.json", ORIGIN)

@@ -275,6 +275,10 @@ class Keeper:
     def _record_save(self, step: int, started: float, cost: checkpoint.Cost) -> None:
         self.seconds, self.saved = time.perf_counter() - started, step
         self.log.say(f"saved {self._folder_of(step).name}: {cost}")
+        if self.log.folder:
+            with self.log.optional(run_folder.HISTORY):
+                digest = checkpoint.tensors_sha256(self._folder_of(step))
+                self.log.record({"event": "checkpoint", "step": step, "tensors_sha256": digest})
 
     def _finish(self, step: int, best: Best | None) -> None:
         """Records a new best checkpoint, and removes old ones."""

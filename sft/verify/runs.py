@@ -120,17 +120,28 @@ def _list_changes(config: RunConfig, wanted: dict[str, Any]) -> Iterator[tuple[s
 Launch = Callable[[int, Path, list[str]], str]
 
 
-def run_fresh(world: int, folder: Path, program: list[str]) -> str:
-    """Runs a program in `world` fresh processes; returns their output when all have ended."""
+def run_fresh(
+    world: int,
+    folder: Path,
+    program: list[str],
+    seconds: float | None = PATIENCE,
+    threads: int | None = None,
+) -> str:
+    """Runs a program in `world` fresh processes; returns their output when all have ended.
+
+    `seconds`: None waits for ever. `threads` of each process on a CPU: by default
+    OMP_NUM_THREADS, or 1.
+    """
     launcher = ["-m", "sft.runtime.launcher", str(folder)] if world > 1 else []
     environment = {
         "OMP_NUM_THREADS": "1",  # runs share the cores, and the model is small
         **os.environ,
+        **({"OMP_NUM_THREADS": str(threads)} if threads else {}),
         "NUM_PROCESSES": str(world),
         "NUM_MACHINES": "1",
         "ACCELERATE_CONFIG": str(PLAIN),
     }
-    return children.run_captured([sys.executable, *launcher, *program], PATIENCE, environment)
+    return children.run_captured([sys.executable, *launcher, *program], seconds, environment)
 
 
 @dataclass(frozen=True)
