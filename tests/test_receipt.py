@@ -20,6 +20,7 @@ from sft.errors import ConfigError, UserError, VerificationError
 from sft.runtime import checkpoint
 from sft.verify import receipt, replay, runs
 
+pytestmark = pytest.mark.slow
 CONFIG = """\
 model: {name: %s, attn_implementation: sdpa}
 tuning: {mode: lora, r: 4, lora_dropout: 0.1}
@@ -99,11 +100,27 @@ def test_a_reviewer_without_the_run_repeats_it_from_its_beginning(
     assert "same" in shown.split("repeated checkpoint_step_4")[1].splitlines()[0]
 
 
-def test_another_cut_has_the_same_examples_and_losses_within_a_bound(trained, forking, capsys):
+def test_another_cut_has_the_same_examples_and_dropout_is_named(trained, forking, capsys):
     verify(trained / "run", "--steps", "1-2", "train.max_tokens=256")
     shown = capsys.readouterr().out
     assert "2 of 2 same" in shown.split("examples of 2 steps")[1].splitlines()[0]
+    assert "tuning.lora_dropout" in shown.split("loss of 2 steps")[1].split("gradient")[0]
     assert "BROKEN" not in shown
+
+
+@pytest.mark.parametrize(("factor", "holds"), [(1 + 1e-6, True), (1 + 1e-4, False)])
+def test_losses_of_another_place_have_a_bound(trained, factor, holds):
+    steps = receipt.read(trained / "run" / receipt.NAME).all_steps()
+    found = {
+        number: step._replace(loss=(float.fromhex(step.loss) * factor).hex())
+        for number, step in steps.items()
+    }
+    elsewhere, here = (
+        {each.what: each.holds for each in replay._compare(found, steps, others, 1e-5, [])}
+        for others in (["devices: a in place of b"], [])
+    )
+    assert elsewhere["loss of 6 steps"] is holds
+    assert here["loss of 6 steps"] is False
 
 
 def edit(file: Path, change: Any) -> None:
@@ -142,7 +159,7 @@ def forged(run: Path, change: Any) -> None:
 def test_a_forged_loss_is_found_by_its_step(copied, forking):
     forged(copied, other_loss)
     verify(copied)  # nothing else contradicts it
-    assert "loss of 1 steps" in broken(copied, "--steps", "3")
+    assert "loss of 1 step" in broken(copied, "--steps", "3")
 
 
 def test_a_forged_setting_is_found_by_its_steps(copied, forking):
@@ -159,7 +176,7 @@ def test_a_forged_setting_is_found_by_its_steps(copied, forking):
 
 def test_a_changed_row_is_found(copied, trained):
     rows = (trained / "rows.jsonl").read_text("utf-8")
-    changed = rows.replace("e", "a", 1)
+    changed = rows.replace("table", "chair", 1)
     assert changed != rows
     (trained / "rows.jsonl").write_text(changed, "utf-8")
     assert "data" in broken(copied)

@@ -27,7 +27,7 @@ from pydantic import (
 )
 
 from sft.config.schema import RunConfig, sections_of
-from sft.errors import CheckpointError, UserError, VerificationError
+from sft.errors import CheckpointError, DataError, UserError, VerificationError
 from sft.runtime import checkpoint, plain, run_folder
 from sft.runtime.console import write_json
 from sft.tasks.registry import load_run, task_of
@@ -332,7 +332,11 @@ def check_inputs(receipt: Receipt, config: RunConfig) -> Iterator[Finding]:
     `config`: the configuration of the receipt.
     """
     task = task_of(config)
-    found = identity(config.train, task.identity_of(config, task.prepare(config, lambda: None)))
+    try:
+        found = identity(config.train, task.identity_of(config, task.prepare(config)))
+    except DataError as error:
+        yield Finding("data", str(error).splitlines()[0], False)
+        return
     expected = receipt.attempts[-1].identity
     for name in sorted(found.keys() | expected.keys()):
         same = found.get(name) == expected.get(name)

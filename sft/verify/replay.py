@@ -19,9 +19,11 @@ from sft.config.schema import RunConfig, sections_of
 from sft.errors import ConfigError, VerificationError
 from sft.runtime import checkpoint, run_folder
 from sft.runtime.console import bar
+from sft.tasks.registry import task_of
 from sft.verify import laws, runs
-from sft.verify.receipt import Attempt, Finding, Receipt, Step, deviation, differences, make
+from sft.verify.receipt import Finding, Receipt, Step, deviation, differences, make
 
+CUT = ("processes", "tokens of a micro-batch")  # of a place: on these dropout depends, too
 # Allowed relative deviation of a loss in another place: law 1's in fp32, else units of rounding.
 BOUNDS = {"fp32": laws.LOSS, "fp16": 2**-9, "bf16": 2**-6}
 
@@ -102,13 +104,16 @@ def replay(
     if found.keys() != expected.keys():
         reason = f"{len(found)} of {len(expected)} were repeated: {outcome.reason}"
         return [Finding(f"steps {first} to {last}", reason, False)]
-    findings = _compare(found, expected, repeated.attempts[-1], attempt)
-    exact = not differences(repeated.attempts[-1].place, attempt.place)
+    others = differences(repeated.attempts[-1].place, attempt.place)
+    random = (
+        random_settings(config, scratch) if any(each.startswith(CUT) for each in others) else []
+    )
+    findings = _compare(found, expected, others, BOUNDS[attempt.place["precision"]], random)
     for name, known in _weights(receipt, last):
         if (folder / name).exists():
             same = checkpoint.tensors_sha256(folder / name) == known
-            text = "same" if same else "OTHER" if exact else "others, as the place is another"
-            findings.append(Finding(f"repeated {name}", text, same if exact else None))
+            text = "same" if same else "others, as the place is another" if others else "OTHER"
+            findings.append(Finding(f"repeated {name}", text, same or (None if others else False)))
     return findings
 
 
@@ -137,29 +142,47 @@ def _values(config: RunConfig, folder: Path, start: Path | None, last: int) -> d
     return values
 
 
+def random_settings(config: RunConfig, scratch: Path) -> list[str]:
+    """Returns what makes results random, and so dependent on the cut: dropout and the like."""
+    task = task_of(config)
+    plain, exact = (task.shrink(config, scratch / str(flag), flag) for flag in (False, True))
+    given = config.model_dump()
+    off = [key for key, value in exact.exact.items() if _value(given, key) and not value]
+    return [*off, *(text for name, text in exact.changes if (name, text) not in plain.changes)]
+
+
+def _value(values: dict[str, Any], key: str) -> Any:
+    section, name = key.split(".")
+    return values[section][name]
+
+
 def _compare(
-    found: dict[int, Step], expected: dict[int, Step], here: Attempt, there: Attempt
+    found: dict[int, Step],
+    expected: dict[int, Step],
+    others: list[str],
+    bound: float,
+    random: list[str],
 ) -> list[Finding]:
+    """Compares steps. `others`: in what the places differ; `random`: why losses cannot be compared
+    then."""
     pairs = [(found[step], expected[step]) for step in expected]
-    others = differences(here.place, there.place)
+    of_steps = f"of {len(pairs)} step{'s' * (len(pairs) > 1)}"
     findings = [Finding("place", "; ".join(others) or "same", None if others else True)]
-
-    def count(name: str) -> tuple[str, float, bool]:
-        values = [(str(getattr(a, name)), str(getattr(b, name))) for a, b in pairs]
-        num_same = sum(a == b for a, b in values)
-        worst = 0.0 if name == "examples" else max(deviation(a, b) for a, b in values)
-        return f"{num_same} of {len(pairs)} same", worst, num_same == len(pairs)
-
-    text, _, same = count("examples")
-    findings.append(Finding(f"examples of {len(pairs)} steps", text, same))
+    num_same = sum(a.examples == b.examples for a, b in pairs)
+    text = f"{num_same} of {len(pairs)} same"
+    findings.append(Finding(f"examples {of_steps}", text, num_same == len(pairs)))
     for name in ("loss", "gradient_norm"):
-        text, worst, same = count(name)
-        holds: bool | None = same
-        if others and not same:
+        values = [(getattr(a, name), getattr(b, name)) for a, b in pairs]
+        num_same, worst = sum(a == b for a, b in values), max(deviation(a, b) for a, b in values)
+        text = f"{num_same} of {len(pairs)} same"
+        holds: bool | None = num_same == len(pairs) or None
+        if not holds:
             text += f", the others within {worst:.0e}"
-            holds = None
-            if name == "loss":
-                bound = BOUNDS[there.place["precision"]]
+            if not others:
+                holds = False
+            elif random:
+                text += f"; depends on the cut: {', '.join(random)}"
+            elif name == "loss":
                 text, holds = f"{text} (allowed: {bound:.0e})", worst <= bound
-        findings.append(Finding(f"{name.replace('_', ' ')} of {len(pairs)} steps", text, holds))
+        findings.append(Finding(f"{name.replace('_', ' ')} {of_steps}", text, holds))
     return findings
