@@ -167,10 +167,10 @@ merge: $(READY) ## Merge RUN into its base, and prove it [OUTPUT=] [DTYPE=bf16] 
 merge-test: $(READY) ## Prove a merged folder again [MERGED=folder] [RUN=folder] [GGUF=llama.cpp]
 	@$(run) --test "$$MERGED" $(call option,base,BASE) $(gguf) $(ARGS)
 
-receipt: $(READY) ## Write one file from which a reviewer can repeat RUN's steps [KEY=ssh key] [BY="name"]
+receipt: $(READY) ## Write one file from which a reviewer can repeat RUN's steps [KEY=file] [BY=name]
 	@$(run) $(call option,by,BY) $(call option,key,KEY) $(ARGS)
 
-verify-receipt: $(READY) ## Check a receipt against data, files and steps that are trained again [STEPS=20-30] [RECEIPT=] [SIGNERS=]
+verify-receipt: $(READY) ## Check a receipt; STEPS=20-30 also trains these steps again [RECEIPT=file] [SIGNERS=file]
 	@$(run) $(call option,receipt,RECEIPT) $(call option,steps,STEPS) $(call option,num-processes,NUM_PROCESSES) \
 		$(call option,signers,SIGNERS) $(ARGS)
 

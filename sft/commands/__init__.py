@@ -132,7 +132,7 @@ VERBS = {
     ),
     "verify-receipt": Verb(
         "Use",
-        "Check a receipt against data, files and steps that are trained again",
+        "Check a receipt; STEPS=20-30 also trains these steps again",
         "receipt.verify_receipt",
     ),
 }
