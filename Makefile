@@ -28,9 +28,10 @@ export TOKENIZERS_PARALLELISM := false
 export NUM_PROCESSES NUM_MACHINES MACHINE_RANK MASTER_ADDR MASTER_PORT ACCELERATE_CONFIG
 
 # A variable on the command line that no target reads would be ignored: CONFIGS=my.yaml would train the default.
-VARIABLES := A ACCELERATE_CONFIG ADAPTER AGENT ARGS AUTO B BASE BY COMPARE CONFIG COST_PER_HOUR DEEPSPEED DTYPE GGUF GIB GPU IDS \
-	INPUT JSON KEY LINK LLAMA_CPP LOGDIR MACHINE_RANK MASTER_ADDR MASTER_PORT MERGED METRIC MODEL NUM_MACHINES NUM_PROCESSES OUTPUT OUTPUTS \
-	PORT PROMPT PYTHON RECEIPT ROW RUN SEQ SHOW SIGNERS STEPS SYSTEM TB TUNE TUNING UNIFORM VENV VENV_TOO
+VARIABLES := A ACCELERATE_CONFIG ADAPTER AGENT ARGS AUTO B BASE BY COMPARE CONFIG COST_PER_HOUR DEEPSPEED DTYPE ENGINE GGUF \
+	GGUF_PRE GIB GPU HOST IDS INPUT JSON KEY LICENSE LINK LLAMA_CPP LOGDIR MACHINE_RANK MASTER_ADDR MASTER_PORT MERGED METRIC MODEL \
+	NUM_MACHINES NUM_PROCESSES OUTPUT OUTPUTS PORT PROMPT PYTHON RECEIPT REPO ROW RUN SEQ SHOW SIGNERS STEPS SYSTEM TB TUNE TUNING \
+	UNIFORM URL VENV VENV_TOO
 $(foreach name,$(filter-out $(VARIABLES) MAKE% -%,$(.VARIABLES)),$(if $(findstring command line,$(origin $(name))),\
 	$(error $(name): no target reads it; keys of the configuration go into ARGS="section.key=value". Known: $(VARIABLES))))
 
@@ -48,11 +49,11 @@ agent = $(if $(value AGENT),"crowd.agent=$$AGENT")
 part = $(if $(value AGENT),/final_checkpoint/agent$$AGENT)
 model = --model "$${MODEL:-$${RUN:-outputs/nano}$(part)}" $(call option,adapter,ADAPTER)
 merged = $(if $(value OUTPUT)$(value AGENT),--output "$${OUTPUT:-$${RUN:-outputs/nano}/merged_agent$$AGENT}")
-gguf = $(if $(value GGUF)$(value LLAMA_CPP),--gguf "$${GGUF:-$$LLAMA_CPP}")
+gguf = $(if $(value GGUF)$(value LLAMA_CPP),--gguf "$${GGUF:-$$LLAMA_CPP}") $(call option,gguf-pre,GGUF_PRE)
 
 .PHONY: help setup setup-accelerate import gpu-info memory-check plan check process audit show-data \
 	train train-crowd train-distributed train-fsdp train-deepspeed train-distributed-tb train-fsdp-tb train-deepspeed-tb tensorboard \
-	tb-stop verify-resume verify-invariance collect-darkroom train-darkroom evaluate eval-quick eval-test compare classify infer infer-batch merge merge-test receipt verify-receipt nano test test-all test-fast test-gpu lint format docs clean
+	tb-stop verify-resume verify-invariance collect-darkroom train-darkroom evaluate eval-quick eval-test compare classify infer infer-batch merge merge-test serve serve-test push receipt verify-receipt nano test test-all test-fast test-gpu lint format docs clean
 
 ##@ Start
 help: ## This list
@@ -173,6 +174,15 @@ receipt: $(READY) ## Write one file from which a reviewer can repeat RUN's steps
 verify-receipt: $(READY) ## Check a receipt; STEPS=20-30 also trains these steps again [RECEIPT=file] [SIGNERS=file]
 	@$(run) $(call option,receipt,RECEIPT) $(call option,steps,STEPS) $(call option,num-processes,NUM_PROCESSES) \
 		$(call option,signers,SIGNERS) $(ARGS)
+
+serve: $(READY) ## Serve a run or a model with OpenAI's chat protocol [RUN= or MODEL=] [PORT=8000] [ENGINE=vllm]
+	@$(BIN)/python -m sft $@ $(model) $(call option,host,HOST) $(call option,port,PORT) $(call option,engine,ENGINE) $(ARGS)
+
+serve-test: $(READY) ## Prove that a server gives what was trained [URL=] [RUN=, MERGED= or GGUF=file] [MODEL=its name]
+	@$(run) --url "$$URL" $(call option,merged,MERGED) $(call option,gguf,GGUF) $(call option,model,MODEL) $(ARGS)
+
+push: $(READY) ## Upload a run or a merge to a hub, with its card [RUN= or MERGED=] [REPO=user/model] [LICENSE=]
+	@$(BIN)/python -m sft $@ --folder "$${MERGED:-$${RUN:-outputs/nano}}" --repo "$$REPO" $(call option,license,LICENSE)
 
 ##@ Develop
 nano: $(READY) ## Remake the embedded base model and its task from nothing (about 35 minutes)

@@ -50,7 +50,7 @@ LONG = (  # by what `make test` runs of them, in seconds
     *("test_template.py", "test_experts.py", "test_coverage.py", "test_turns.py"),
     *("test_calibration.py", "test_counters.py", "test_faults.py", "test_head.py"),
     *("test_infer.py", "test_classify.py", "test_offload.py", "test_processes.py"),
-    *("test_checkpointing.py", "test_engines.py"),
+    *("test_checkpointing.py", "test_engines.py", "test_served.py"),
 )
 
 

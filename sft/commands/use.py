@@ -117,7 +117,7 @@ def _launch_classify(config: Config, args: Namespace) -> int:
     return code
 
 
-def _add_model_options(parser: cli.Parser) -> None:
+def add_model_options(parser: cli.Parser) -> None:
     """Adds the options that name a model and set how it answers."""
     parser.add_argument("--model", default="outputs/nano", help="run, checkpoint, model or hub id")
     parser.add_argument("--adapter", help="folder of a LoRA adapter for the model")
@@ -128,8 +128,8 @@ def _add_model_options(parser: cli.Parser) -> None:
     parser.add_overrides("generation")
 
 
-def _connector_arguments(args: Namespace) -> dict[str, Any]:
-    """Returns the options of `_add_model_options` as arguments of AccelerateConnector."""
+def connector_arguments(args: Namespace) -> dict[str, Any]:
+    """Returns the options of `add_model_options` as arguments of AccelerateConnector."""
     size = args.batch_size
     return {
         "model_name": args.model,
@@ -142,7 +142,7 @@ def _connector_arguments(args: Namespace) -> dict[str, Any]:
 
 
 def infer_options(parser: cli.Parser) -> None:
-    _add_model_options(parser)
+    add_model_options(parser)
     parser.add_argument("--prompt", help="answer this and stop")
     parser.add_argument("--system", help="system prompt")
 
@@ -158,7 +158,7 @@ def infer(args: Namespace) -> None:
         return
     if args.prompt == "":
         raise UserError('PROMPT is empty; ask something, as in PROMPT="set a timer"')
-    connector = AccelerateConnector(**_connector_arguments(args))
+    connector = AccelerateConnector(**connector_arguments(args))
     connector.load_model_once()
     write = partial(show, end="")
     conversation = chat.Conversation(connector, write, args.system, **settings)
@@ -170,7 +170,7 @@ def infer(args: Namespace) -> None:
 
 
 def infer_batch_options(parser: cli.Parser) -> None:
-    _add_model_options(parser)
+    add_model_options(parser)
     parser.add_argument("--input", required=True, help="file, folder, glob or hub id of prompts")
     parser.add_argument("--output", required=True, type=Path, help="JSONL file to be written")
 
@@ -188,7 +188,7 @@ def infer_batch(args: Namespace) -> int:
     else:
         from sft.serve import chat
 
-        chat.answer_file(args.input, args.output, folder, _connector_arguments(args), settings)
+        chat.answer_file(args.input, args.output, folder, connector_arguments(args), settings)
     if code == 0 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         from sft.runtime.attempt import remove_record
 
@@ -203,6 +203,7 @@ def merge_options(parser: cli.Parser) -> None:
     parser.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], default="bf16")
     parser.add_argument("--base", choices=["original", "dequantised"], help="weights to merge into")
     parser.add_argument("--gguf", type=Path, help="folder of llama.cpp: make a GGUF file as well")
+    parser.add_argument("--gguf-pre", help="llama.cpp's name of the rules that split text")
     parser.add_overrides("section")
 
 
@@ -213,6 +214,8 @@ def merge(args: Namespace) -> None:
     from sft.serve import merge
 
     say = make_console().print
+    if args.gguf_pre and not args.gguf:
+        raise UserError("GGUF_PRE: is only read with GGUF=llama.cpp")
     if args.gguf:
         merge.find_converter(args.gguf)
     if args.test:
@@ -225,4 +228,6 @@ def merge(args: Namespace) -> None:
         report = merge.merge(run, folder, args.dtype, say, base, args.overrides)
     say(f"merged model, proven to be the one that was trained: {folder}")
     if args.gguf:
-        say(f"GGUF: {merge.convert_to_gguf(folder, report['dtype'], args.gguf)}")
+        made = merge.convert_to_gguf(folder, report["dtype"], args.gguf, args.gguf_pre)
+        say(f"GGUF: {made}")
+        say(merge.describe_for_ollama(made))

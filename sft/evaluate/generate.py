@@ -285,6 +285,14 @@ class _Forward:
         self.model(input_ids=ids, use_cache=False)
 
 
+@torch.no_grad()
+def log_probs(model: nn.Module, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """Returns fp64 log probabilities [len(answer) + 1, vocabulary]: of each token and the next."""
+    ids = torch.tensor([[*prompt, *answer]], device=next(model.parameters()).device)
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :]
+    return logits.double().log_softmax(-1)
+
+
 def choose(
     logits: torch.Tensor, settings: Generation, drawn: torch.Tensor | None = None
 ) -> torch.Tensor:

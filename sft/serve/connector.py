@@ -29,6 +29,7 @@ from sft.data.messages import error_reason
 from sft.errors import UserError
 from sft.evaluate import answers, generate
 from sft.evaluate.answers import AnswerModel, Question
+from sft.evaluate.generate import Answer
 from sft.evaluate.predictions import MemoryPredictions, Predictions, Record, read_records
 from sft.models import export
 from sft.models.weights import Weights
@@ -184,7 +185,7 @@ class AccelerateConnector:
         """Returns its tokenizer, loaded with it at the first call. Collective."""
         return self.load_model_once().tokenizer
 
-    def _model_with(self, settings: dict[str, Any]) -> AnswerModel:
+    def model_with(self, settings: dict[str, Any]) -> AnswerModel:
         """Returns the model with these settings. Checks them before it loads the model."""
         checked = make_generation(settings)
         return replace(self.load_model_once(), settings=checked)
@@ -199,16 +200,33 @@ class AccelerateConnector:
 
         `settings` are those of `Generation`. Raises UserError if it cannot answer.
         """
-        model, question = self._model_with(settings), _make_question(messages, 0)
-        prompt = model.render_prompt(question)
-        if isinstance(prompt, str):
-            raise UserError(f"cannot answer: {prompt}")
+        return self.ask({"messages": messages}, on_text, **settings)[2]
+
+    def ask(
+        self,
+        row: dict[str, Any],
+        on_text: Callable[[str], None] | None = None,
+        **settings: Any,
+    ) -> tuple[list[int], Answer, Completion]:
+        """Returns the token ids of a prompt, its answer, and the answer as text; see `complete`.
+
+        `row` has `messages` and perhaps `tools`, as a row of data has.
+        """
+        model, question = self.model_with(settings), _make_question(row, 0)
+        prompt = self.render(row)
         stream = _TextStream(model, on_text) if on_text else None
         with generate.eval_mode(model.model):
             [answer] = model.decode([prompt], on_tokens=stream.add if stream else None)
         if stream:
             stream.flush()
-        return Completion.from_record(model.to_record(question, prompt, answer))
+        return prompt, answer, Completion.from_record(model.to_record(question, prompt, answer))
+
+    def render(self, row: dict[str, Any]) -> list[int]:
+        """Returns the token ids of a prompt. Raises UserError with the reason if it has none."""
+        prompt = self.load_model_once().render_prompt(_make_question(row, 0))
+        if isinstance(prompt, str):
+            raise UserError(f"cannot answer: {prompt}")
+        return prompt
 
     def complete_batch(
         self,
@@ -221,7 +239,9 @@ class AccelerateConnector:
         If one cannot be answered, its `finish_reason` is "error", and `error` has the reason.
         `predictions` names a JSONL file for the answers; a later call reuses those in it.
         """
-        questions = [_make_question(messages, i) for i, messages in enumerate(conversations)]
+        questions = [
+            _make_question({"messages": messages}, i) for i, messages in enumerate(conversations)
+        ]
         if predictions is not None:
             path = Path(predictions)
             self.answer(questions, Predictions(path), len(questions), **settings)
@@ -241,7 +261,7 @@ class AccelerateConnector:
     ) -> None:
         """Adds an answer for each question that has none in `predictions` yet. Collective."""
         answers.answer_all(
-            self._model_with(settings),
+            self.model_with(settings),
             questions,
             predictions,
             Context(self.accelerator, self.log),
@@ -310,12 +330,12 @@ def _is_replaceable(folder: Path) -> bool:
     return not any(folder.iterdir()) or checkpoint.fault(folder, digests=False) is None
 
 
-def _make_question(messages: Any, number: int) -> Question:
+def _make_question(row: dict[str, Any], number: int) -> Question:
     """Returns a conversation as a question, with the reason if it cannot be asked."""
     try:
-        found = formats.read_question({"messages": messages})
+        found = formats.read_question(row)
     except (ValueError, RecursionError) as error:
-        bad = BadRow("", number, error_reason(error), str(messages)[:60])
+        bad = BadRow("", number, error_reason(error), str(row["messages"])[:60])
         return answers.make_question(bad)
     return answers.make_question(Row(found.messages, found.tools, "", number))
 

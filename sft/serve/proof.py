@@ -58,12 +58,12 @@ class Check(TypedDict):
 Checks = dict[str, Check]
 
 
-def _at_most(what: str, measured: float, limit: float) -> Check:
+def at_most(what: str, measured: float, limit: float) -> Check:
     shown = measured if math.isfinite(measured) else str(measured)  # JSON has no NaN
     return Check(ok=measured <= limit, what=what, measured=shown, limit=limit)
 
 
-def _equal(what: str, found: Any, expected: Any) -> Check:
+def equal(what: str, found: Any, expected: Any) -> Check:
     return Check(ok=found == expected, what=what, measured=str(found), limit=str(expected))
 
 
@@ -72,7 +72,7 @@ def prove(folder: Path, run: Path, config: Config, base: str) -> dict[str, Any]:
 
     Both compute in fp32, so only the stored weights differ. Returns the report.
     """
-    merged, dtype, loading = _load_merged(folder, config)
+    merged, dtype, loading = load_merged(folder, config)
     reference: Any
     reference, tokenizer = load_trained(run, config, quantised=base == "dequantised")
     generation = add_turn_ends(reference.get_base_model().generation_config, tokenizer)
@@ -86,7 +86,7 @@ def prove(folder: Path, run: Path, config: Config, base: str) -> dict[str, Any]:
     del reference  # its memory is needed for the merged model in fp32
     kl = _kl(expected, _logits(merged.float(), prompts))
     limit = min(MAX_KL[dtype], MAX_LOSS * max(effect, MIN_EFFECT))
-    checks["kl"] = _at_most("KL from the adapter model, nats per token", kl, limit)
+    checks["kl"] = at_most("KL from the adapter model, nats per token", kl, limit)
     return {
         "run": str(run),
         "dtype": dtype,
@@ -97,7 +97,7 @@ def prove(folder: Path, run: Path, config: Config, base: str) -> dict[str, Any]:
     }
 
 
-def _load_merged(folder: Path, config: Config) -> tuple[Any, str, dict[str, Any]]:
+def load_merged(folder: Path, config: Config) -> tuple[Any, str, dict[str, Any]]:
     """Returns (merged model, its dtype, what transformers says about its tensors).
 
     Raises MergeError if it cannot be loaded.
@@ -147,19 +147,19 @@ def _compare_tokenizers(folder: Path, config: Config, expected: PreTrainedTokeni
     tokenizers = (audit.tokenizer_sha256(each)[:12] for each in both)
     templates = (audit.template_sha256(each)[:12] for each in both)
     return {
-        "tokenizer": _equal("digest of vocabulary and special tokens", *tokenizers),
-        "template": _equal("digest of the chat template", *templates),
+        "tokenizer": equal("digest of vocabulary and special tokens", *tokenizers),
+        "template": equal("digest of the chat template", *templates),
     }
 
 
 def _compare_generation(folder: Path, expected: GenerationConfig) -> Check:
     what = "generation_config.json and its ends of a turn"
     if not (folder / "generation_config.json").exists():
-        return _equal(what, "missing", "present")
+        return equal(what, "missing", "present")
     both = (GenerationConfig.from_pretrained(str(folder)), expected)
     found, wanted = (json.loads(each.to_json_string(ignore_metadata=True)) for each in both)
     other = sorted(key for key in found | wanted if found.get(key) != wanted.get(key))
-    return _equal(
+    return equal(
         what, *({key: own.get(key) for key in other} or "equal" for own in (found, wanted))
     )
 
@@ -193,8 +193,8 @@ def _compare_tensors(
     shown = ", ".join([*names[:1], *(["..."] if names[1:] else [])]) or "none"
     weights = "error of the worst weight, in roundings" + (f" ({where})" if worst > 1 else "")
     return {
-        "tensors": _equal("tensors that are missing, unknown or misshapen", shown, "none"),
-        "weights": _at_most(weights, worst, 1.0),
+        "tensors": equal("tensors that are missing, unknown or misshapen", shown, "none"),
+        "weights": at_most(weights, worst, 1.0),
     }
 
 
