@@ -392,3 +392,16 @@ def test_the_mutants_that_are_reported_are_those_of_the_results():
         assert {s["mutation"] for s in entry["survivors"]} == set(reasons.pop(path, {})), path
         assert all(survivor["reason"] for survivor in entry["survivors"]), path
     assert not reasons
+
+
+def test_the_table_of_long_rows_is_that_of_the_results():
+    rows = json.loads((ROOT / "benchmarks/results/context.json").read_text("utf-8"))["rows"]
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        settings = " ".join(each.split("=")[1] for each in row["settings"])
+        memory = row["reserved_gib"] if row["fits"] else "too long"
+        key = f"{row['shape']} {settings}, {row['gpus']} GPUs"
+        lines.setdefault(key, []).append(f"{row['context_parallel']}: {memory}")
+    guide = (ROOT / "docs/LAUNCH.md").read_text("utf-8")
+    for key, cells in lines.items():
+        assert f"| {key} | {' | '.join(cells)} |" in guide
