@@ -5,7 +5,6 @@ It owns the run folder (docs/RUNS.md). However the run ends, `watchdog` records 
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import time
@@ -26,7 +25,7 @@ from sft.models.dtypes import dtype_table
 from sft.plan import calibration, coverage, plan, report
 from sft.runtime import checkpoint, hardware, run_folder
 from sft.runtime.attempt import RANKS, TRACEBACK, Lock, Status
-from sft.runtime.console import duration, facts, metrics_line
+from sft.runtime.console import as_markdown, duration, facts, metrics_line
 from sft.runtime.disk import refuse_if_full
 from sft.runtime.hardware import resolve_precision
 from sft.runtime.launcher import check_launch
@@ -42,6 +41,7 @@ from sft.runtime.processes import (
     software,
     start_processes,
 )
+from sft.runtime.trackers import refuse_missing, start_tracker
 from sft.runtime.watchdog import Guard
 from sft.serve import runs
 from sft.tasks.base import Results, Task
@@ -55,8 +55,7 @@ from sft.train.profile import memory_bytes
 def train(config: RunConfig) -> dict[str, float]:
     """Runs `config` in this process group, and returns the held-out metrics."""
     check_launch(config.train)
-    if config.train.wandb and importlib.util.find_spec("wandb") is None:
-        raise UserError("train.wandb: wandb is not installed; pip install wandb, or set it false")
+    refuse_missing(config.train.trackers)
     task = task_of(config)
     task.refuse_untrainable(config)
     refuse_missing_compiler(config.train)
@@ -66,7 +65,7 @@ def train(config: RunConfig) -> dict[str, float]:
         accelerator = start_processes(config.train)
         resumed_from = guard.join(accelerator, to_resume)
         refuse_differences(collect_facts(config, task.digests(prepared)))
-        with closing(_open_log(config, accelerator)) as log:
+        with closing(_open_log(config, accelerator, guard, resumed_from)) as log:
             context = Context(accelerator, log, guard)
             metrics = _run(task, config, prepared, context, resumed_from)
         accelerator.wait_for_everyone()  # a run has finished when all ranks have
@@ -121,7 +120,7 @@ def _run(
     planned = _train(engine, config, resolved, planned, resumed_from, measured)
     if accelerator.is_main_process:
         at = plan.planner_of(resolved, workload, machine, planned)
-        steps = engine.total_steps - (step if resumed_from else 0)
+        steps = engine.step - (step if resumed_from else 0)
         calibration.keep_speed(planned, at, steps, measured["training_seconds"])
     tuned = _finish(task, engine, planned, folder)
     log.log(engine.step, {f"eval/{name}": value for name, value in tuned.metrics.items()})
@@ -160,6 +159,7 @@ def _train(
 
     Returns the plan, which is another one if the layers cannot be compiled.
     """
+    engine.log.text("plan", as_markdown(report.plan_table(planned)), engine.step)
     with compiled(engine, required=config.train.compile is True) as of_compiler:
         if problem := of_compiler.get("compile_problem"):
             reasons = planned.reasons | {"train.compile": problem}
@@ -287,14 +287,25 @@ def _open_folder(train: Train, guard: Guard, inputs: Sequence[Path] = ()) -> Pat
     return found
 
 
-def _open_log(config: RunConfig, accelerator: Accelerator) -> Log:
+def _open_log(
+    config: RunConfig, accelerator: Accelerator, guard: Guard, resumed_from: Path | None
+) -> Log:
+    """Returns the log, with trackers that have started.
+
+    One that cannot start ends a new run, but not one that a scheduler may have resumed.
+    """
     if not accelerator.is_main_process:
         return Log(None)
-    folder, wandb = Path(config.train.output_dir), None
-    if config.train.wandb:
-        values = {"project": "sft", "name": folder.name, "config": public_values(config)}
-        wandb = importlib.import_module("wandb").init(**values)
-    return Log(folder, tensorboard=config.train.tensorboard, wandb=wandb)
+    folder, trackers = Path(config.train.output_dir), dict[str, Any]()
+    for name in config.train.trackers:
+        guard.tick()
+        try:
+            trackers[name] = start_tracker(name, folder.name, public_values(config))
+        except UserError as error:
+            if resumed_from is None:
+                raise
+            show(f"warning: {error}; the run goes on without it")
+    return Log(folder, tensorboard=config.train.tensorboard, trackers=trackers)
 
 
 def _attempt(

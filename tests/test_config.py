@@ -23,7 +23,7 @@ from sft.config.aliases import ALIASES, UNSET
 from sft.config.load import dump_config, load_config, parse_generation, with_values
 from sft.config.reference import render_reference
 from sft.config.rules import RULES, conditions, overlap
-from sft.config.schema import NESTED, Config, Section, sections_of
+from sft.config.schema import NESTED, Config, EarlyStopping, Section, sections_of
 from sft.data.files import read_options
 from sft.errors import ConfigError, UserError
 from sft.tasks.distill.config import RULES as DISTILL_RULES
@@ -42,6 +42,9 @@ SECTIONS: dict[str, type[Section]] = {}
 for _schema in schemas().values():
     SECTIONS |= sections_of(_schema)
 KNOWN = {**SECTIONS, **NESTED}
+
+
+STEPS_OR_EPOCHS = "expected a number of steps, or of epochs as in `epoch`, `0.5 epoch`, `1/3 epoch`"
 
 
 @pytest.fixture
@@ -113,7 +116,7 @@ evaluation: 5
         "train.learning_rate (a.yaml:12): expected number > 0, found -1",
         "train.weight_decay (a.yaml:14): expected number ≥ 0, found nan",
         "train.tensorboard (a.yaml:16): expected true or false, found 'no'",
-        "train.save_steps (override): expected integer ≥ 1 or null, found 'often'",
+        f"train.save_steps (override): {STEPS_OR_EPOCHS}, found 'often'",
         "train.epoch (a.yaml:8): unknown key; did you mean epochs?",
         "train.lora_alpha (a.yaml:9): unknown key; did you mean tuning.lora_alpha?",
         f"train.xyz (a.yaml:10): unknown key; known: {known}",
@@ -241,11 +244,19 @@ def test_an_override_that_is_not_yaml_is_refused(minimal):
 
 DEEPSPEED = ["train.engine=deepspeed", "train.deepspeed_config=f"]
 EVA = ["tuning.mode=lora", "tuning.lora.init_lora_weights=eva"]
+DURING = ["train.eval_steps=10", "evaluation.during=5"]
+WATCHED = "train.early_stopping.metric"
 EARLY = "train.optimizer_in_backward=true"
 BREAKS = [  # for each rule, in order: overrides that break it, and one more that repairs it
     (["data.cache_dir=outputs/x/cache"], "train.output_dir=outputs/y"),
     (["data.train_path=[a.jsonl, nano]", "train.output_dir=nano/x/y"], "train.output_dir=outputs"),
     (["train.save_best=loss"], "train.eval_steps=10"),
+    ([f"{WATCHED}=loss"], "train.eval_steps=10"),
+    (["evaluation.during=5"], "train.eval_steps=10"),
+    (["train.save_best=bleu", "train.eval_steps=10"], "train.save_best=loss"),
+    (["train.save_best=macro_f1", *DURING], "train.save_best=exact_match"),
+    ([f"{WATCHED}=exact_match", "train.eval_steps=10"], "evaluation.during=5"),
+    ([f"{WATCHED}=bleu", *DURING], "evaluation.metrics=[bleu]"),
     (["train.checkpoint_async=true"], "train.save_steps=10"),
     (["train.max_shard_size=5Gb"], "train.max_shard_size=5GB"),
     (["train.engine=deepspeed"], "train.deepspeed_config=z2.json"),
@@ -302,6 +313,11 @@ ADAM = (
     "train.optimizer: adamw or adamw_8bit or paged_adamw or paged_adamw_8bit or muon or "
     "schedule_free or torchao_adamw_8bit or torchao_adamw_4bit"
 )
+IF_WATCHED = (
+    "train.early_stopping.metric: loss or perplexity or token_accuracy or exact_match or "
+    "normalised_match or numeric_match or json_valid or json_fields or rouge_l or bleu or chrf or "
+    "sari or accuracy or macro_precision or macro_recall or macro_f1"
+)
 READ_ONLY_WITH = {  # key -> value, the condition, and overrides under which it is read
     "train.deepspeed_config": ("z2.json", "train.engine: deepspeed", "train.engine=deepspeed"),
     "train.fp8": ("true", "train.precision: auto or bf16 or bf16_pure", "train.precision=bf16"),
@@ -319,6 +335,8 @@ READ_ONLY_WITH = {  # key -> value, the condition, and overrides under which it 
         "train.schedule: cosine_with_restarts",
         "train.schedule=cosine_with_restarts",
     ),
+    "train.early_stopping.patience": ("9", IF_WATCHED, f"{WATCHED}=loss"),
+    "train.early_stopping.min_delta": ("0.1", IF_WATCHED, f"{WATCHED}=loss"),
     "data.system_prompt": ("Hi.", "data.system: replace or prepend", "data.system=prepend"),
     "evaluation.labels": (
         "[yes, no]",
@@ -344,6 +362,7 @@ UNDER = {  # overrides under which only the condition of READ_ONLY_WITH is broke
     "train.precision: auto or bf16 or bf16_pure": ["train.precision=fp32"],
     "train.loss: cross_entropy": ["train.loss=dft"],
     ADAM: ["train.optimizer=torch.optim.SGD"],
+    IF_WATCHED: ["train.eval_steps=10"],
     "crowd.lambda_sw > 0": ["crowd.num_agents=2", "crowd.lambda_sw=0"],
     "crowd.representation: hidden": ["crowd.num_agents=2", "crowd.representation=logits"],
     "crowd.aggregator: sampled": ["crowd.num_agents=2"],
@@ -384,7 +403,7 @@ def test_a_key_that_would_not_be_read_is_refused(minimal, path, case):
 def test_every_condition_of_a_key_has_a_case():
     stated = {
         f"{name}.{key}"
-        for name, section in SECTIONS.items()
+        for name, section in {**SECTIONS, "train.early_stopping": EarlyStopping}.items()
         for key in section.model_fields
         if conditions(section, key)
     }

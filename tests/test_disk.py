@@ -539,7 +539,7 @@ def train(**changes):
     ],
 )
 def test_so_many_checkpoints_lie_on_the_disk_at_once(changes, copies):
-    needed = disk.estimate_need(train(**changes), 10**6, 8 * 10**6, 0, 100)
+    needed = disk.estimate_need(train(**changes), 10**6, 8 * 10**6, 0, 100, 50)
     assert needed.copies == copies
     assert needed.checkpoint == pytest.approx(12 * 10**6, rel=0.01)
     assert needed.final == pytest.approx(4 * 10**6, rel=0.02)
@@ -548,8 +548,8 @@ def test_so_many_checkpoints_lie_on_the_disk_at_once(changes, copies):
 
 def test_a_run_that_cannot_fit_is_refused_and_what_lies_there_counts_as_room(small):
     settings = train(output_dir=str(small / "run"))
-    disk.refuse_if_full(disk.estimate_need(settings, 10_000, 80_000, 0, 10), settings)
-    needed = disk.estimate_need(settings, 40_000, 320_000, 0, 10)
+    disk.refuse_if_full(disk.estimate_need(settings, 10_000, 80_000, 0, 10, 10), settings)
+    needed = disk.estimate_need(settings, 40_000, 320_000, 0, 10, 10)
     reported = r"need 2.8 MiB: 3 checkpoints of .*; have .* Make room, lower train.save_total_limit"
     fill(small, needed.total - 200_000)
     with pytest.raises(CheckpointError, match=reported) as error:
@@ -564,7 +564,7 @@ def test_a_run_that_cannot_fit_is_refused_and_what_lies_there_counts_as_room(sma
 
 def test_room_for_the_run_but_not_for_a_merge_after_it_is_reported(small):
     settings = train(output_dir=str(small / "run"))
-    needed = replace(disk.estimate_need(settings, 10_000, 80_000, 0, 10), merged=2**30)
+    needed = replace(disk.estimate_need(settings, 10_000, 80_000, 0, 10, 10), merged=2**30)
     reported = disk.refuse_if_full(needed, settings)
     assert reported
     assert "not for `make merge` after it (1,024 MiB more, have" in reported

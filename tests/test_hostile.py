@@ -894,6 +894,8 @@ import sitecustomize
 class Run:
     log = finish = lambda *_, **__: sitecustomize.refuse()
 def init(**_): return Run()
+class config:
+    def update(*_, **__): pass
 """
 
 
@@ -925,7 +927,7 @@ def test_a_crash_reports_no_secret(tmp_path, run_script, where):
     folder = tmp_path / "run"
     given = [f"train.output_dir={folder}", f"data.cache_dir={tmp_path}/cache", "data.max_rows=64"]
     given += ["tuning.mode=lora", "train.max_steps=1", "evaluation.num_examples=0"]
-    given += ["train.wandb=true"]
+    given += ["train.trackers=[wandb]"]
     done = run_script("train.py", *given, PYTHONPATH=str(tmp_path), **SECRETS)
     assert "refused <HF_TOKEN> <WANDB_API_KEY>" in done.stdout + done.stderr, done.stderr
     if "refuse" in where:

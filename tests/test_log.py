@@ -6,11 +6,18 @@ import json
 import math
 import os
 import re
+import sys
+import tomllib
+import types
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from rich.table import Table
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from sft.errors import UserError
+from sft.runtime import trackers
 from sft.runtime.console import WIDTH, duration, facts, write_json
 from sft.runtime.log import Log
 
@@ -21,8 +28,6 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     board = EventAccumulator(str(folder / "tensorboard"))
     board.Reload()
     return {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
@@ -136,13 +141,18 @@ def test_values_that_are_not_finite_stay_valid_json(tmp_path):
 # --- TensorBoard -------------------------------------------------------------------------------
 
 
+def twice(losses: list[tuple[int, float]]) -> dict[str, list[tuple[int, float]]]:
+    """The loss is a first card, too."""
+    return {"0_overview/1_loss": losses, "train/loss": losses}
+
+
 def test_scalars_are_in_tensorboard_and_a_resumed_run_purges_what_came_later(tmp_path):
     logged(tmp_path, 0, range(1, 6), tensorboard=True)
-    assert scalars(tmp_path) == {"train/loss": [(step, step / 4) for step in range(1, 6)]}
+    assert scalars(tmp_path) == twice([(step, step / 4) for step in range(1, 6)])
     logged(tmp_path, 3, range(4, 8), tensorboard=True)
-    assert scalars(tmp_path) == {"train/loss": [(step, step / 4) for step in range(1, 8)]}
+    assert scalars(tmp_path) == twice([(step, step / 4) for step in range(1, 8)])
     logged(tmp_path, 5, range(6, 7), tensorboard=True)
-    assert scalars(tmp_path) == {"train/loss": [(step, step / 4) for step in range(1, 7)]}
+    assert scalars(tmp_path) == twice([(step, step / 4) for step in range(1, 7)])
 
 
 def test_scalars_are_on_disk_at_once(tmp_path):
@@ -151,7 +161,7 @@ def test_scalars_are_on_disk_at_once(tmp_path):
     log.log(1, {"train/loss": 0.25})
     found = scalars(tmp_path)  # before close: SummaryWriter writes in a thread of its own
     log.close()
-    assert found == {"train/loss": [(1, 0.25)]}
+    assert found == twice([(1, 0.25)])
 
 
 def test_without_tensorboard_none_is_written(tmp_path):
@@ -174,7 +184,7 @@ def test_another_rank_writes_and_prints_nothing(tmp_path, monkeypatch, capsys):
 
 
 class Recorder:
-    """Stands for the `wandb` module's run: remembers what it was given."""
+    """Stands for a tracker: remembers what it was given."""
 
     def __init__(self):
         self.calls: list[tuple] = []
@@ -186,9 +196,9 @@ class Recorder:
         self.calls.append(("finish",))
 
 
-def test_wandb_gets_the_same_values_and_is_finished(tmp_path):
+def test_a_tracker_gets_the_same_values_and_is_finished(tmp_path):
     recorder = Recorder()
-    log = Log(tmp_path, wandb=recorder)
+    log = Log(tmp_path, trackers={"wandb": recorder})
     log.open_metrics(0)
     log.log(3, {"train/loss": 0.5})
     log.close()
@@ -203,14 +213,71 @@ class Failing(Recorder):
         raise SystemError("nor can it be ended")
 
 
-def test_errors_of_wandb_cost_one_warning(tmp_path, capsys):
-    log = Log(tmp_path, wandb=Failing())
+def test_errors_of_a_tracker_cost_one_warning_and_no_other_tracker(tmp_path, capsys):
+    other = Recorder()
+    log = Log(tmp_path, trackers={"wandb": Failing(), "mlflow": other})
     log.open_metrics(0)
     for step in range(3):
         log.log(step, {"train/loss": 0.5})
     log.close()
     assert capsys.readouterr().out.count("warning: wandb cannot be written: the service is") == 1
+    assert [call[0] for call in other.calls] == [0, 1, 2, "finish"]
     assert len(metrics(tmp_path)) == 3
+
+
+class Refusing(types.ModuleType):
+    """Stands for a tracker's package whose service refuses the key, and repeats it."""
+
+    def __getattr__(self, name):
+        raise ConnectionError(f"401 for {os.environ['WANDB_API_KEY']}.")
+
+
+def test_a_tracker_that_cannot_start_is_a_mistake_to_mend_and_its_key_is_not_shown(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "ninetySix96")
+    monkeypatch.setitem(sys.modules, "wandb", Refusing("wandb"))
+    expected = "train.trackers: wandb cannot start: 401 for <WANDB_API_KEY>; log in as"
+    with pytest.raises(UserError, match=re.escape(expected)):
+        trackers.start_tracker("wandb", "run", {})
+
+
+def test_each_missing_tracker_names_its_extra(monkeypatch):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _: None)
+    for name, package in trackers.PACKAGES.items():
+        with pytest.raises(
+            UserError, match=rf'{name} is not installed; pip install "\.\[{name}\]"'
+        ):
+            trackers.refuse_missing([name])
+        (needed,) = extras["optional-dependencies"][name]
+        assert needed.split(">=")[0].replace("-", "_") == package
+
+
+def test_a_tracker_gets_numbers_and_texts_by_dotted_path():
+    values = {"train": {"lr": 1e-3, "groups": None, "own": {"metric": "loss"}}, "data": {"a": [1]}}
+    assert trackers._flatten(values) == {
+        "train.lr": 1e-3,
+        "train.groups": "None",
+        "train.own.metric": "loss",
+        "data.a": "[1]",
+    }
+
+
+def test_the_first_cards_are_loss_held_out_loss_and_scores_and_texts_wait_for_the_board(tmp_path):
+    log = Log(tmp_path, tensorboard=True)
+    log.text("plan", "    as it is")
+    log.open_metrics(0)
+    log.log(1, {"train/loss": 3.0, "train/grad_norm": 1.0, "memory/gib": 2.0})
+    metrics = ["loss", "perplexity", "chrf", "f1/yes"]
+    log.log(2, {f"eval/{name}": 1.0 for name in metrics})
+    log.text("answers", "four")
+    log.close()
+    found = scalars(tmp_path)
+    first = ["0_overview/1_loss", "0_overview/2_held_out_loss", "0_overview/3_chrf"]
+    assert sorted(found)[:4] == [*first, "eval/chrf"]
+    assert found[first[0]] == found["train/loss"] == [(1, 3.0)]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    texts = [(each, board.Tensors(each)[0].step) for each in board.Tags()["tensors"]]
+    assert texts == [("plan/text_summary", 0), ("answers/text_summary", 2)]
 
 
 def test_a_folder_in_the_place_of_a_log_file_costs_one_warning(tmp_path, capsys):

@@ -34,7 +34,7 @@ lr_scheduler: cosine
 learning_rate: 2e-4
 bf16: auto
 warmup_steps: 10
-saves_per_epoch: 1
+saves_per_epoch: 4
 flux_capacitor: 88
 """
 FACTORY = """
@@ -49,6 +49,8 @@ cutoff_len: 1024
 max_samples: 1000
 output_dir: saves/llama3
 save_steps: 500
+eval_strategy: epoch
+report_to: [tensorboard, comet_ml]
 per_device_train_batch_size: 1
 gradient_accumulation_steps: 8
 learning_rate: 1.0e-4
@@ -89,11 +91,12 @@ EXPECTED = {
                 "learning_rate": 2e-4,
                 "precision": "auto",
                 "warmup_steps": 10,
+                "save_steps": "1/4 epoch",
                 "epochs": 1.0,
                 "global_batch": 2 * 4 * 3,
             },
         },
-        {"saves_per_epoch", "flux_capacitor"},
+        {"flux_capacitor"},
     ),
     FACTORY: (
         {
@@ -108,6 +111,8 @@ EXPECTED = {
             "train": {
                 "output_dir": "saves/llama3",
                 "save_steps": 500,
+                "eval_steps": "epoch",
+                "trackers": ["comet"],
                 "learning_rate": 1e-4,
                 "schedule": "cosine",
                 "warmup_ratio": 0.1,

@@ -57,6 +57,7 @@ ALIASES = {
     "label_smoothing_factor": Alias("train.label_smoothing"),
     "loss_type": Alias("train.loss", {"nll": "cross_entropy"}),
     "logging_steps": Alias("train.log_steps"),
+    "wandb": Alias("train.trackers", {True: ["wandb"], False: UNSET}),  # of earlier versions
     "full_determinism": Alias("train.deterministic"),
     "torch_compile": Alias("train.compile"),
     "deepspeed": Alias("train.deepspeed_config"),

@@ -34,7 +34,7 @@ PROGRAMS = {
         "flash_attention": "model.attn_implementation: flash_attention_2",
         "saves_per_epoch": "train.save_steps",
         "evals_per_epoch": "train.eval_steps",
-        "wandb_project": "train.wandb: true",
+        "wandb_project": "train.trackers: [wandb]",
         "special_tokens": "model.stop_tokens",
     },
     "LLaMA-Factory": {
@@ -59,7 +59,7 @@ PROGRAMS = {
         "overwrite_output_dir": "",
         "preprocessing_num_workers": "",
         "plot_loss": "train.tensorboard: true",
-        "report_to": "train.wandb: true",
+        "report_to": "train.trackers: [wandb]",
     },
     "TRL": {
         "dataset_name": "data.train_path",
@@ -78,7 +78,7 @@ PROGRAMS = {
         "assistant_only_loss": "data.supervise: all",
         "completion_only_loss": "data.supervise: all",
         "chat_template_path": "data.chat_template",
-        "report_to": "train.wandb: true",
+        "report_to": "train.trackers: [wandb]",
     },
     "Unsloth": {
         "model_name": "model.name",
@@ -218,7 +218,7 @@ ARGUMENTS = {
     "save_strategy": "train.save_steps",
     "load_best_model_at_end": "train.save_best",
     "metric_for_best_model": "train.save_best",
-    "report_to": "train.wandb: true",
+    "report_to": "train.trackers: [wandb]",
     "do_train": "",
     "do_eval": "",
     "overwrite_output_dir": "",

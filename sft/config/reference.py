@@ -21,7 +21,7 @@ Unknown keys, wrong types and contradictions stop the run, all in one message.
 
 **Overrides.** `train.learning_rate=1e-4`, `--train.learning_rate 1e-4` and `--learning_rate 1e-4`
 are the same. The last form works if only one section has the key. A key that is true or false may
-be given as a flag without a value, which means true: `--wandb`.
+be given as a flag without a value, which means true: `--tensorboard`.
 
 **Tasks.** A file with `task: distill` at its top configures algorithm distillation
 (docs/research/DISTILL.md). It has the sections `distill` and `train`; all other files have all
@@ -31,9 +31,10 @@ OTHER_NAMES = """\
 
 ## Other names
 
-Names that Hugging Face's TrainingArguments and example scripts use. They work in a file, in the
-section of the key, and as overrides. A key and its other name with different values stop the run.
-Names that are equal in both are not listed, unless two sections here have such a key.
+Names that Hugging Face's TrainingArguments and example scripts use, or earlier versions had. They
+work in a file, in the section of the key, and as overrides. A key and its other name with different
+values stop the run. Names that are equal in both are not listed, unless two sections here have such
+a key.
 
 | other name | key | values |
 |---|---|---|
@@ -70,9 +71,12 @@ def _render_section(name: str, section: type[Section]) -> str:
 
 def _render_alias(name: str) -> str:
     """Returns the table row of an alias."""
-    alias, meanings = ALIASES[name], {UNSET: "changes nothing"}
+    alias = ALIASES[name]
     pairs = [(_yaml(given), own) for given, own in alias.values.items()]
-    values = [f"`{given}`: {meanings.get(own, f'`{_yaml(own)}`')}" for given, own in pairs]
+    values = [
+        f"`{given}`: {'changes nothing' if own is UNSET else f'`{_yaml(own)}`'}"
+        for given, own in pairs
+    ]
     return f"| `{name}` | `{alias.key}` | {', '.join(values) or 'the same'} |\n"
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from sft.config.lora import CHANGES_BASE, Lora
-from sft.config.schema import Rule, RunConfig
+from sft.config.schema import OF_LOSS, HeldOutMetric, MetricName, Rule, RunConfig
 from sft.config.section import OnlyWith, Section
 
 
@@ -41,6 +42,30 @@ def _identity(folder: Path) -> tuple[int, int] | str:
     return found.st_dev, found.st_ino
 
 
+SCORES = {*typing.get_args(HeldOutMetric)} - {*OF_LOSS}
+
+
+def _is_scored(metric: str, names: list[str]) -> bool:
+    """Returns whether `evaluation.metrics` has that metric."""
+    is_of_labels = metric not in typing.get_args(MetricName)
+    return metric in names or (is_of_labels and "classification" in names)
+
+
+def _score_rules(key: str) -> Iterator[Rule]:
+    """Yields the rules of a key of `train` that may name a score of answers."""
+    yield Rule(
+        (f"train.{key}", "evaluation.during"),
+        lambda metric, number: metric in SCORES and number == 0,
+        "nothing would be answered during training: set evaluation.during",
+    )
+    yield Rule(
+        (f"train.{key}", "evaluation.metrics"),
+        lambda metric, names: metric in SCORES and not _is_scored(metric, names),
+        "is no score of evaluation.metrics: add it there (accuracy and macro_ belong to "
+        "classification)",
+    )
+
+
 RULES = [
     Rule(
         ("data.cache_dir", "train.output_dir"),
@@ -57,6 +82,17 @@ RULES = [
         lambda metric, interval: metric is not None and interval is None,
         "nothing would be evaluated during training: set train.eval_steps",
     ),
+    Rule(
+        ("train.early_stopping.metric", "train.eval_steps"),
+        lambda metric, interval: metric is not None and interval is None,
+        "nothing would be evaluated during training: set train.eval_steps",
+    ),
+    Rule(
+        ("evaluation.during", "train.eval_steps"),
+        lambda number, interval: number > 0 and interval is None,
+        "nothing would be answered during training: set train.eval_steps",
+    ),
+    *(rule for key in ("save_best", "early_stopping.metric") for rule in _score_rules(key)),
     Rule(
         ("train.checkpoint_async", "train.save_steps", "train.save_best"),
         lambda behind, interval, metric: behind and interval is None and metric is None,

@@ -21,6 +21,7 @@ from sft.config.section import (
     CountOrZero,
     Folder,
     Fraction,
+    Interval,
     NonNegative,
     OnlyWith,
     Positive,
@@ -43,6 +44,27 @@ MetricName = Literal[
     "sari",
     "classification",
 ]
+
+HeldOutMetric = Literal[
+    "loss",
+    "perplexity",
+    "token_accuracy",
+    "exact_match",
+    "normalised_match",
+    "numeric_match",
+    "json_valid",
+    "json_fields",
+    "rouge_l",
+    "bleu",
+    "chrf",
+    "sari",
+    "accuracy",
+    "macro_precision",
+    "macro_recall",
+    "macro_f1",
+]
+"""What an evaluation during training measures. The last four are those of `classification`."""
+OF_LOSS = ("loss", "perplexity", "token_accuracy")  # need no answers
 
 
 class Model(Section):
@@ -147,6 +169,7 @@ class Data(Section):
     It can be deleted."""
 
 
+IF_WATCHED = OnlyWith("train.early_stopping.metric", typing.get_args(HeldOutMetric))
 KeepWhole = Literal["auto", "gradients", "all", False]  # see Train.keep_whole
 
 
@@ -170,6 +193,18 @@ class Group(Section):
             wrong = "and a frozen parameter has none" if given else "found neither"
             raise ValueError(f"expected learning_rate or weight_decay, or freeze: true; {wrong}")
         return self
+
+
+class EarlyStopping(Section):
+    """When training ends before its last step. An evaluation improves on the best one if the 95 %
+    interval of the difference, paired over the same held-out rows, lies above `min_delta`."""
+
+    metric: HeldOutMetric | None = None
+    """Held-out metric that must improve, as in `train.save_best`. null: all steps are made."""
+    patience: Annotated[Count, IF_WATCHED] = 3
+    """Evaluations in a row without an improvement after which training ends."""
+    min_delta: Annotated[NonNegative, IF_WATCHED] = 0.0
+    """Improvements that are not certainly larger do not count. In the unit of `metric`."""
 
 
 class Train(Section):
@@ -303,10 +338,12 @@ class Train(Section):
     """Gradients with a larger global norm are scaled down to this norm. 0: no clipping."""
     skip_nonfinite: CountOrZero = 0
     """How many steps with a NaN or infinite loss or gradient to skip before the run fails."""
-    eval_steps: Count | None = None
-    """Steps between two measurements of the held-out loss. null: only before and after training."""
-    save_steps: Count | None = None
-    """Steps between two checkpoints. null: only the final one."""
+    eval_steps: Interval | None = None
+    """Steps between two measurements of the held-out loss, or epochs, as in `epoch`, `0.5 epoch` or
+    `1/3 epoch`: at the first step that completes such a part. null: only before and after
+    training."""
+    save_steps: Interval | None = None
+    """Steps between two checkpoints, or epochs, as in `eval_steps`. null: only the final one."""
     checkpoint_async: bool = False
     """Copy a checkpoint to host memory and write it during the next steps. Needs that memory."""
     save_total_limit: Annotated[int, Field(ge=2)] = 2
@@ -315,8 +352,12 @@ class Train(Section):
     """Largest file of a saved model, as in `save_pretrained`: a number with KB, MB, GB or TB."""
     stall_timeout: Annotated[float, Field(ge=10, allow_inf_nan=False)] = 1800.0
     """Seconds without progress (a micro-batch or a save) on all processes before the run fails."""
-    save_best: Literal["loss", "perplexity", "token_accuracy"] | None = None
-    """Held-out metric: the checkpoint with its best value is saved and kept as well. null: none."""
+    save_best: HeldOutMetric | None = None
+    """Held-out metric: the checkpoint with its best value is saved and kept as well. Scores of
+    answers need `evaluation.during`; `accuracy` and the `macro_` ones are those of the metric
+    `classification`. null: none."""
+    early_stopping: EarlyStopping = EarlyStopping()
+    """When training ends before its last step (section `train.early_stopping`)."""
     max_failed_saves: Count = 3
     """The run fails after this number of failed saves in a row; before that, training continues."""
     resume_from_checkpoint: Text | None = None
@@ -324,9 +365,10 @@ class Train(Section):
     log_steps: Count = 10
     """Steps between two lines of the log. Metric files and TensorBoard get every step."""
     tensorboard: bool = True
-    """Write scalars to `<output_dir>/tensorboard`."""
-    wandb: bool = False
-    """Also log to Weights & Biases (the package must be installed)."""
+    """Write curves, answers and the plan to `<output_dir>/tensorboard`."""
+    trackers: list[Literal["wandb", "mlflow", "trackio", "comet", "swanlab"]] = []
+    """Services that get the scalars and the configuration, too: `[wandb, mlflow]`. Each is an extra
+    of the package, and takes its key and its server from its own environment variables or login."""
     deterministic: bool = False
     """Use only algorithms that give the same bits every time; an operation without one ends the
     run. Slower on GPUs; no change on CPUs."""
@@ -354,6 +396,9 @@ class Evaluation(Section):
 
     num_examples: CountOrZero = 200
     """Held-out rows to answer and to score with `metrics`. 0: only the held-out loss."""
+    during: CountOrZero = 0
+    """Held-out rows, the first ones, to answer and to score also at `train.eval_steps`. 0: only the
+    held-out loss is measured there."""
     max_new_tokens: Count = 128
     """Maximum length of an answer, in tokens."""
     batch_size: Count = 64
@@ -521,5 +566,6 @@ NESTED: dict[str, type[Section]] = {
     "classify.strategies.<name>": Strategy,
     "generation": Generation,
     "tuning.lora": Lora,
+    "train.early_stopping": EarlyStopping,
     "train.groups": Group,
 }

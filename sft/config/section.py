@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fractions
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from sft.errors import shorten
 
 Origins = dict[str, str]
 """Dotted path of a key -> the place where it was written, for messages."""
@@ -70,12 +74,32 @@ def _refuse_unsafe(path: str) -> str:
     return path
 
 
+def interval_steps(interval: int | str, steps_per_epoch: int) -> fractions.Fraction:
+    """Returns the steps between two events; a part of a step for small parts of an epoch."""
+    if isinstance(interval, int):
+        return fractions.Fraction(interval)
+    return _parse_epochs(interval) * steps_per_epoch
+
+
+def _parse_epochs(text: str) -> fractions.Fraction:
+    found = re.fullmatch(r"(\d+(?:\.\d+|/\d*[1-9]\d*)?)? ?epochs?", text)
+    return fractions.Fraction(found[1] or 1) if found else fractions.Fraction(0)
+
+
+def _refuse_no_interval(text: str) -> str:
+    if _parse_epochs(text) <= 0:
+        expected = "a number of steps, or of epochs as in `epoch`, `0.5 epoch`, `1/3 epoch`"
+        raise ValueError(f"expected {expected}, found {shorten(text)}")
+    return text
+
+
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
+Interval = Annotated[str, Field(min_length=1), AfterValidator(_refuse_no_interval)] | Count
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 Char = Annotated[str, Field(min_length=1, max_length=1, pattern=r"^[^\x00\r\n\"]$")]

@@ -226,9 +226,19 @@ def _deepspeed(value: Any, _: Any) -> Found:
 
 def _tracker(value: Any, _: Any) -> Found:
     names = [value] if isinstance(value, str) else value or []
-    others = sorted(set(names) - {"wandb", "tensorboard", "none"})
-    ours = {"train.wandb": True} if "wandb" in names else {}
+    others = sorted(set(names) - {*TRACKERS, "tensorboard", "none"})
+    found = [TRACKERS[name] for name in names if name in TRACKERS]
+    ours: dict[str, Any] = {"train.trackers": found} if found else {}
     return ours, f"no equivalent: {', '.join(others)}" if others else ""
+
+
+def _strategy(key: str) -> Rule:
+    """Returns a rule for a key that says whether steps or epochs are counted."""
+    return lambda value, _: ({key: "epoch"}, "") if value == "epoch" else ({}, f"{key} decides")
+
+
+def _per_epoch(key: str) -> Rule:
+    return lambda value, _: ({key: f"1/{value} epoch"} if value else {}, "")
 
 
 def _attention(value: Any, _: Any) -> Found:
@@ -252,6 +262,8 @@ def _eos(value: Any, _: Any) -> Found:
     return {"model.stop_tokens": [value]}, "its own ends of a turn are known from the template"
 
 
+TRACKERS = {name: name for name in ("wandb", "mlflow", "trackio", "swanlab")}
+TRACKERS |= {"comet_ml": "comet"}
 FLASH = (True, "fa2", "flash_attention_2")
 SCHEDULES = {name: name for name in ("cosine", "linear", "constant", "cosine_with_restarts")}
 SCHEDULES |= {"constant_with_warmup": "constant", "inverse_sqrt": "inverse_sqrt"}
@@ -297,9 +309,9 @@ TRAINER: dict[str, Rule] = {  # TrainingArguments, which LLaMA-Factory and TRL t
     "report_to": _tracker,
     "do_train": skip("not needed"),
     "do_eval": skip("not needed"),
-    "eval_strategy": skip("train.eval_steps decides"),
-    "evaluation_strategy": skip("train.eval_steps decides"),
-    "save_strategy": skip("train.save_steps decides"),
+    "eval_strategy": _strategy("train.eval_steps"),
+    "evaluation_strategy": _strategy("train.eval_steps"),
+    "save_strategy": _strategy("train.save_steps"),
     "load_best_model_at_end": skip("no equivalent: train.save_best keeps the best besides"),
     "metric_for_best_model": choice("train.save_best", {"loss": "loss", "eval_loss": "loss"}),
     "per_device_eval_batch_size": to("evaluation.batch_size"),
@@ -337,11 +349,11 @@ RULES: dict[str, dict[str, Rule]] = {
         "train_on_inputs": choice("data.supervise", {True: "everything", False: "all"}),
         "flash_attention": _attention,
         "chat_template": skip("the tokenizer's own is taken; another: data.chat_template, a file"),
-        "wandb_project": switch({"train.wandb": True}),
+        "wandb_project": switch({"train.trackers": ["wandb"]}),
         "rl": _only_sft,
         "special_tokens": skip("no equivalent: ends of a turn are known from the template"),
-        "evals_per_epoch": skip("no equivalent: give train.eval_steps"),
-        "saves_per_epoch": skip("no equivalent: give train.save_steps"),
+        "evals_per_epoch": _per_epoch("train.eval_steps"),
+        "saves_per_epoch": _per_epoch("train.save_steps"),
         "base_model_config": skip("not needed"),
     },
     "LLaMA-Factory": {

@@ -9,6 +9,8 @@ import math
 from collections.abc import Hashable, Mapping
 from typing import TypeVar
 
+import numpy as np
+
 LEVEL = 0.95
 ALPHA = 0.05  # a verdict needs a smaller adjusted p-value
 Z = 1.959964  # quantile of the normal distribution that leaves 5 % outside
@@ -59,6 +61,25 @@ def bounded(value: float, error: float, num: int, least: float = 0, most: float 
     effective = num * largest / variance if variance > 0 else num
     low, high = wilson(share, effective, float(stdtrit(num - 1, (1 + LEVEL) / 2)))
     return least + low * (most - least), least + high * (most - least)
+
+
+def difference_of_ratios(before: np.ndarray, now: np.ndarray, weights: np.ndarray) -> Interval:
+    """Returns the interval of sum(now) / sum(weights) - sum(before) / sum(weights).
+
+    All three are [examples]. It is that of a ratio estimator over examples (Cochran 1977, 6.3),
+    with the quantile of Student's t; it is unbounded with fewer than two examples.
+    """
+    from scipy.special import stdtrit
+
+    kept = weights > 0
+    gained, weight = (now - before)[kept], weights[kept]
+    if (num := len(weight)) < 2:
+        return -math.inf, math.inf
+    ratio = float(gained.sum() / weight.sum())
+    scatter = float(np.square(gained - ratio * weight).sum())
+    error = math.sqrt(scatter * num / (num - 1)) / float(weight.sum())
+    half = float(stdtrit(num - 1, (1 + LEVEL) / 2)) * error
+    return ratio - half, ratio + half
 
 
 def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:

@@ -41,6 +41,11 @@ def _gather(values: list[Any]) -> list[Any]:
     return gather_object(values)
 
 
+def to_line(record: Record) -> str:
+    """Returns the line of a record in a file, without secrets."""
+    return redact_environment(json.dumps(record, ensure_ascii=False)) + "\n"
+
+
 class Predictions:
     """The file at `path`. Callers announce all examples in their order, by `expect`."""
 
@@ -91,8 +96,7 @@ class Predictions:
 
     def append(self, records: list[Record]) -> None:
         """Writes lines; once it returns, no kill loses them."""
-        lines = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in records)
-        data = redact_environment(lines).encode("utf-8", "backslashreplace")
+        data = "".join(map(to_line, records)).encode("utf-8", "backslashreplace")
         with self._report_os_errors(), plain.open_to_append(self.path) as file:
             end = file.seek(0, os.SEEK_END)
             if end and os.pread(file.fileno(), 1, end - 1) != b"\n":

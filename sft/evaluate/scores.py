@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -83,6 +83,13 @@ class Tally:
     def rows(self, rows: np.ndarray) -> None:
         assert rows.shape[1] == self._width, (rows.shape, self._width)
         self._rows = array("d", rows.tobytes())
+
+    def rows_of(self, name: str) -> np.ndarray:
+        """Returns the rows of a tally of the metric `name` alone."""
+        rows = self.rows
+        parts = zip(self._measures, self._parts(rows), strict=True)
+        (own,) = (part for each, (_, part) in parts if each == name)
+        return np.hstack([rows[:, :1], own])
 
     @property
     def num_examples(self) -> int:
@@ -208,6 +215,25 @@ class Difference:
 
 def compare_tallies(a: Tally, b: Tally) -> dict[str, Difference]:
     """Compares two tallies of the same examples; returns differences by name, judged together."""
+    found = {}
+    p_values = _p_values(a, a.rows, b.rows)
+    for (name, pair), p_value in zip(paired_intervals(a, b).items(), p_values, strict=True):
+        found[name] = Difference(*pair, p_value, p_value, "not distinguishable")
+    return judge(found)
+
+
+class PairedValues(NamedTuple):
+    """Both values of a metric, and their difference with its interval; None if it has none."""
+
+    value_a: float
+    value_b: float
+    difference: float
+    low: float | None
+    high: float | None
+
+
+def paired_intervals(a: Tally, b: Tally) -> dict[str, PairedValues]:
+    """Returns the differences of `b` from `a`, two tallies of the same examples, by name."""
     rows_a, rows_b, num = a.rows, b.rows, a.num_examples
     assert np.array_equal(rows_a[:, 0], rows_b[:, 0]), "not the same examples"
     errors = _standard_errors(
@@ -215,12 +241,8 @@ def compare_tallies(a: Tally, b: Tally) -> dict[str, Difference]:
     )
     once, found = np.ones((1, num)), {}
     supports_a, supports_b = a._supports(rows_a), b._supports(rows_b)
-    for (measure, name, of_a), (_, _, of_b), error, p_value in zip(
-        a._values(rows_a, once),
-        b._values(rows_b, once),
-        errors.tolist(),
-        _p_values(a, rows_a, rows_b),
-        strict=True,
+    for (measure, name, of_a), (_, _, of_b), error in zip(
+        a._values(rows_a, once), b._values(rows_b, once), errors.tolist(), strict=True
     ):
         value_a, value_b = float(of_a[0]), float(of_b[0])
         difference, most = value_b - value_a, measure.most
@@ -228,10 +250,8 @@ def compare_tallies(a: Tally, b: Tally) -> dict[str, Difference]:
         low = high = None
         if support_a is not None and support_b is not None:
             low, high = bounded(difference, error, min(support_a, support_b), -most, most)
-        found[name] = Difference(
-            value_a, value_b, difference, low, high, p_value, p_value, "not distinguishable"
-        )
-    return judge(found)
+        found[name] = PairedValues(value_a, value_b, difference, low, high)
+    return found
 
 
 def judge(found: Mapping[Key, Difference]) -> dict[Key, Difference]:

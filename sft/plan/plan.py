@@ -247,7 +247,9 @@ def predict_disk(config: RunConfig, num_examples: int) -> Need:
     steps = schedule.total_steps(config.train, num_examples)
     counts = count_parameters(config)
     state = saved_state_bytes(config.train, counts.shapes)
-    written = estimate_need(config.train, counts.trained, state, info.vocabulary, steps)
+    per_epoch = batches.steps_per_epoch(num_examples, config.train.global_batch)
+    sizes = counts.trained, state, info.vocabulary
+    written = estimate_need(config.train, *sizes, steps, per_epoch)
     if info.mode == "full":
         return written
     base = counts.parameters - counts.trained

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -62,6 +63,13 @@ def make_console(file: Any = None) -> Console:
 def beginning(text: str, most: int = 300) -> str:
     """Returns the first `most` characters of a text, made `visible`."""
     return visible(text if len(text) <= most else text[: most - 1] + "…")
+
+
+def as_markdown(shown: RenderableType) -> str:
+    """Returns what is printed as Markdown that keeps its columns."""
+    stream = io.StringIO()
+    make_console(stream).print(shown)
+    return "\n".join(f"    {line.rstrip()}" for line in stream.getvalue().splitlines())
 
 
 def facts(title: str, rows: Sequence[tuple[str, str | Text]]) -> Table:

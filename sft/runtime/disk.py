@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sft.config.schema import Train
+from sft.config.section import interval_steps
 from sft.errors import CheckpointError
 from sft.runtime import hardware
 from sft.runtime.console import size
@@ -52,13 +53,20 @@ def _final_bytes(train: Train, num_trained: int, vocabulary: int) -> int:
 
 
 def estimate_need(
-    train: Train, num_trained: int, state_bytes: int, vocabulary: int, steps: int
+    train: Train,
+    num_trained: int,
+    state_bytes: int,
+    vocabulary: int,
+    steps: int,
+    steps_per_epoch: int,
 ) -> Need:
     """Returns what a run of `steps` steps needs. Without `save_steps`, only a signal saves.
 
     `state_bytes`: the bytes of a checkpoint that belong to the optimizer.
     """
-    saves = 1 + math.ceil(steps / train.save_steps) if train.save_steps else 1
+    saves = 1
+    if train.save_steps:
+        saves += math.ceil(steps / interval_steps(train.save_steps, steps_per_epoch))
     best = bool(train.save_best)
     kept = min(saves, train.save_total_limit) + best
     staging = saves > 1 or best

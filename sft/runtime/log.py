@@ -1,4 +1,4 @@
-"""Writes the logs of a run: console, `training.log`, `metrics.jsonl`, TensorBoard, progress bar.
+"""Writes the logs of a run: console, `training.log`, `metrics.jsonl`, TensorBoard, trackers, bar.
 
 Only the main process has a `Log` that writes. On the others every method does nothing, so callers
 never ask which rank they are.
@@ -12,7 +12,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -74,12 +74,31 @@ class _Lines(io.TextIOBase):
         super().close()
 
 
+def first_card(name: str) -> str | None:
+    """Returns the second name that TensorBoard gets of the curves that it shows first, or None.
+
+    It sorts groups and cards by name: first the loss, then the held-out one, then the scores.
+    """
+    group, _, metric = name.partition("/")
+    if name == "train/loss":
+        return "0_overview/1_loss"
+    if group != "eval" or metric == "perplexity" or "/" in metric:
+        return None
+    return "0_overview/2_held_out_loss" if metric == "loss" else f"0_overview/3_{metric}"
+
+
 class Log:
     """The log files and the console of a run. Without a folder, as on other ranks, it is silent."""
 
     has_lines = False  # whether progress is printed as lines where there is no terminal
 
-    def __init__(self, folder: Path | None, *, tensorboard: bool = False, wandb: Any = None):
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        tensorboard: bool = False,
+        trackers: Mapping[str, Any] | None = None,
+    ):
         self.folder = folder
         self.console = make_console() if folder else None
         self._file: Console | None = None
@@ -87,7 +106,9 @@ class Log:
         self._warned: set[str] = set()
         self._board: Any = None
         self._use_tensorboard = tensorboard
-        self._wandb = wandb
+        self._trackers = dict(trackers or {})  # by name: Accelerate's, started
+        self._texts: list[tuple[str, str, int]] = []  # that wait for TensorBoard
+        self._step = 0
         self._progress: Progress | None = None
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
@@ -138,6 +159,9 @@ class Log:
             threading.excepthook = _hide_writers_trace
             with self._board_errors():
                 self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        for waiting in self._texts:
+            self.text(*waiting)
+        self._texts.clear()
 
     @contextmanager
     def _board_errors(self) -> Iterator[None]:
@@ -150,6 +174,7 @@ class Log:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Logs the scalars of one step, with names as in `train/loss`."""
+        self._step = step
         if self._metrics:
             finite = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
             self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
@@ -160,9 +185,21 @@ class Log:
                     if name.startswith("data/"):  # a checksum is no curve
                         continue
                     self._board.add_scalar(name, value, step)
+                    if card := first_card(name):
+                        self._board.add_scalar(card, value, step)
                 self._board.flush()
-        if self._wandb:
-            self._try_wandb(lambda: self._wandb.log(values, step=step))
+        for name, tracker in [*self._trackers.items()]:
+            with self._tracker_errors(name):
+                tracker.log(values, step=step)
+
+    def text(self, name: str, markdown: str, step: int | None = None) -> None:
+        """Adds a text to TensorBoard, once that is open. `step`: None: that of the last scalars."""
+        step = self._step if step is None else step
+        if self._board:
+            with self._board_errors():
+                self._board.add_text(name, redact(markdown), step)
+        elif self._use_tensorboard and self._metrics is None:
+            self._texts.append((name, markdown, step))
 
     def record(self, event: dict[str, Any]) -> None:
         """Appends a line to history.jsonl, from which a receipt is made."""
@@ -186,8 +223,9 @@ class Log:
             yield lambda n=1, note="": None
 
     def close(self) -> None:
-        if self._wandb:
-            self._try_wandb(self._wandb.finish)
+        for name, tracker in [*self._trackers.items()]:
+            with self._tracker_errors(name):
+                tracker.finish()
         if self._board:
             with self._board_errors():
                 self._board.close()
@@ -195,13 +233,16 @@ class Log:
             if stream:
                 stream.close()
 
-    def _try_wandb(self, action: Callable[[], object]) -> None:
-        """Stops using W&B after any error: neither its service nor its disk may end a run."""
+    @contextmanager
+    def _tracker_errors(self, name: str) -> Iterator[None]:
+        """Stops using a tracker after any error: neither its service nor its disk may end a run."""
         try:
-            action()
+            yield
+        except Preempted:
+            raise
         except Exception as error:  # noqa: BLE001
-            self._wandb = None
-            self._warn("wandb", error)
+            self._trackers.pop(name, None)
+            self._warn(name, error)
 
 
 class Screen(Log):

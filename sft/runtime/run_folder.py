@@ -34,6 +34,7 @@ ORIGIN = "origin.json"  # the checkpoint of another folder with which the run be
 # What only a run that has finished writes, or a command that uses it:
 RESULTS = re.compile(rf"{FINAL}|evaluation|classify|merged(_agent\d+)?(\.failed(\.\d+)?)?")
 BASE_RESULTS = ("base.json", "base.jsonl")  # in evaluation/: those of the model before training
+DURING = "during"  # in evaluation/: answers while it trained, a file for each step
 ABANDONED = "abandoned"
 FILES = (
     *("status.json", ".lock", "traceback.txt", "launcher.log", "requeue.json", "config.yaml"),
@@ -275,7 +276,7 @@ def _complete_move(run: Path, moving: Path, step: int) -> str:
     _move_metrics(run / METRICS, moving / METRICS, step)
     for source in _results_after(run, step):
         target = moving / source.relative_to(run)
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         source.rename(target)
     for folder in newest_first(run):
         if step_of(folder) > step:
@@ -297,9 +298,24 @@ def _results_after(run: Path, step: int) -> Iterator[Path]:
         yield from filter(Path.exists, [run / BEST])
     for path in sorted(path for path in run.iterdir() if RESULTS.fullmatch(path.name)):
         if path.name == "evaluation" and path.is_dir():
-            yield from [each for each in path.iterdir() if each.name not in BASE_RESULTS]
+            kept = (*BASE_RESULTS, DURING)
+            yield from [each for each in path.iterdir() if each.name not in kept]
+            later = (
+                each for each in path.glob(f"{DURING}/step_*") if _step_of_answers(each) > step
+            )
+            yield from sorted(later)
         else:
             yield path
+
+
+def during(run: Path, step: int) -> Path:
+    """Returns the file of the answers that were scored after `step`, while it trained."""
+    return run / "evaluation" / DURING / f"step_{step}.jsonl"
+
+
+def _step_of_answers(path: Path) -> int:
+    number = path.stem.removeprefix("step_")
+    return int(number) if number.isdecimal() else -1
 
 
 # -- metrics

@@ -146,6 +146,8 @@ class Task(ABC):
     """Values for required keys of other sections, where only the model matters."""
     shares_sequences: ClassVar[bool] = False
     """Whether several processes can share a sequence (`train.context_parallel`)."""
+    compares_evaluations: ClassVar[bool] = False
+    """Whether the task has `rows_of` and `improvement` (`train.early_stopping`)."""
     needs_global_batch = False
 
     # -- before there is a model
@@ -164,6 +166,11 @@ class Task(ABC):
     def refuse_untrainable(cls, config: Any) -> None:
         """Raises ConfigError for a configuration that can be used, but not trained."""
         refuse_unusable(config.train)
+        if config.train.early_stopping.metric and not cls.compares_evaluations:
+            raise ConfigError(
+                "train.early_stopping.metric: this task has no interval for the difference of two "
+                "evaluations; set null"
+            )
         if config.train.context_parallel > 1 and not cls.shares_sequences:
             raise ConfigError(
                 "train.context_parallel: only fine-tuning shares sequences between processes, "
@@ -383,6 +390,15 @@ class Task(ABC):
                 self._held_out_batches(advance),
                 self.accelerator,
             )
+
+    def score_answers(self, model: nn.Module, step: int) -> dict[str, float]:
+        return {}
+
+    def rows_of(self, metric: str) -> np.ndarray:
+        raise NotImplementedError
+
+    def improvement(self, metric: str, before: np.ndarray, now: np.ndarray) -> tuple[float, float]:
+        raise NotImplementedError
 
     @property
     def held_out_lengths(self) -> Sequence[int]:

@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from sft.config.schema import Train
+from sft.config.section import Section
 from sft.errors import AnotherRunError, CheckpointError, ExitCode, LostFolder
 from sft.runtime import checkpoint, run_folder
 from sft.runtime.attempt import Status
@@ -33,8 +34,7 @@ from sft.runtime.plain import load_json, read_json
 from sft.runtime.tensor_file import TensorFile
 from sft.train.loss_scale import LossScale
 
-# Metrics for `train.save_best`, and whether a smaller value is better.
-LESS_IS_BETTER = {"loss": True, "perplexity": True, "token_accuracy": False}
+LESS_IS_BETTER = ("loss", "perplexity")  # of the metrics for `train.save_best`
 STATE = "trainer.json"
 TRIES = 20  # to save the result of a run that has no checkpoint
 SECONDS_OF_WAIT = 30  # before the next
@@ -67,6 +67,7 @@ def write_state(
     own: dict[str, str],
     best: Best | None,
     loss_scale: LossScale | None = None,
+    early_stopping: dict[str, Any] | None = None,
 ) -> None:
     """Writes trainer.json. `counts`: a number for each of `COUNTS`; `own`: the run's identity."""
     assert counts.keys() == set(COUNTS)
@@ -74,6 +75,8 @@ def write_state(
     state["best"] = asdict(best) if best else None
     if loss_scale:
         state["loss_scale"] = asdict(loss_scale)
+    if early_stopping:
+        state["early_stopping"] = early_stopping
     (folder / STATE).write_text(json.dumps(state, indent=1), "utf-8")
 
 
@@ -87,6 +90,7 @@ def changed_settings(state: dict[str, Any], train: Train, world_size: int) -> It
     then = state["settings"] | {"processes": state["world_size"]}
     for key in now.keys() - then.keys() - {*NO_CHANGE}:
         default = type(train).model_fields[key].get_default(call_default_factory=True)
+        default = default.model_dump() if isinstance(default, Section) else default
         then[key] = False if default == "auto" != now[key] else default
     for key in now:
         if then.get(key) != now[key] and key not in NO_CHANGE:
@@ -144,7 +148,7 @@ class Best:
         if other is None or math.isnan(self.value):
             return not math.isnan(self.value)
         is_less = self.value < other.value
-        return is_less if LESS_IS_BETTER[self.metric] else self.value > other.value
+        return is_less if self.metric in LESS_IS_BETTER else self.value > other.value
 
 
 class Pending(NamedTuple):

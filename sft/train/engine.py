@@ -22,7 +22,7 @@ from accelerate.utils import gather_object, release_memory
 from torch import nn
 
 from sft.config.schema import Train
-from sft.data.batches import MicroBatch, cut, global_batch_ids
+from sft.data.batches import MicroBatch, cut, global_batch_ids, steps_per_epoch
 from sft.errors import CheckpointError, NonFiniteError, OutOfMemory, Preempted, oom_message
 from sft.models.groups import freeze_groups
 from sft.runtime import checkpoint, disk, run_folder
@@ -39,12 +39,13 @@ from sft.train.checkpoints import (
     read_state,
     write_state,
 )
+from sft.train.early_stopping import Stopper
 from sft.train.loss_scale import LossScale
 from sft.train.parallel import share_model
 from sft.train.parallel.trial import checkpoint_bytes
 from sft.train.profile import memory_bytes, profiled
 from sft.train.recovery import AccumulatedStep, Oom, OomGuard, smaller_budget
-from sft.train.schedule import learning_rate, order_seed, total_steps
+from sft.train.schedule import is_due, learning_rate, order_seed, total_steps
 from sft.train.task import Batch, Trainable
 
 
@@ -64,6 +65,7 @@ class Engine:
         need = checkpoint_bytes(train, task.model)
         shared = train, context.accelerator, context.log, context.guard.status
         self.keeper = Keeper(*shared, need, task.held_out_sha256)
+        self.stopper = Stopper(train.early_stopping, task.held_out_sha256)
         task.model.train()
         self.parallel = share_model(task.model, train, context.accelerator)
         if self.parallel.remark:
@@ -425,7 +427,7 @@ class Engine:
             profiled(self.train, log) as trace_step,
         ):
             self._follow_up(save=False)  # repeats an evaluation that a signal interrupted
-            while self.step < self.total_steps:
+            while self.step < self.total_steps and not self.stopper.is_over:
                 guard.mark(self.step + 1)
                 values = self.optimizer_step()
                 trace_step()
@@ -434,6 +436,8 @@ class Engine:
                 self._follow_up(save=self._is_due(self.train.save_steps))
                 guard.stop_if_agreed()
             self.keeper.settle()
+        if self.step < self.total_steps:
+            log.say(self.stopper.reason(self.step, self.total_steps))
 
     def _follow_up(self, *, save: bool) -> None:
         """Evaluates and saves a checkpoint after a step, if they are due."""
@@ -448,16 +452,22 @@ class Engine:
             with self.guard.section("save"):
                 self.keeper.try_to_save(self.step, self._write, best)
 
-    def _is_due(self, interval: int | None) -> bool:
-        return bool(interval and self.step % interval == 0 and self.step < self.total_steps)
+    def _is_due(self, interval: int | str | None) -> bool:
+        per_epoch = steps_per_epoch(len(self.task.lengths), self.train.global_batch)
+        return 0 < self.step < self.total_steps and is_due(interval, self.step, per_epoch)
 
     def evaluate(self) -> dict[str, float]:
         """Logs and returns the held-out metrics of the current weights. Collective."""
         with self.parallel.averaged():
             metrics = self.task.evaluate(self.model)
+            metrics |= self.task.score_answers(self.model, self.step)
         self.last_evaluated = self.step
         self.log.log(self.step, {f"eval/{name}": value for name, value in metrics.items()})
         self.log.say(f"step {self.step:,}: held-out {metrics_line(metrics)}")
+        if metric := self.train.early_stopping.metric:
+            rows, improvement = self.task.rows_of(metric), self.task.improvement
+            said = self.stopper.add(self.step, metrics[metric], rows, improvement)
+            self.log.say(f"step {self.step:,}: {said}")
         return metrics
 
     def _report(self, values: dict[str, float], advance: Advance, seconds_per_step: float) -> None:
@@ -516,7 +526,8 @@ class Engine:
                 "world_size": world,
             }
             own = identity(self.train, self.task.identity())
-            write_state(staging, counts, self.train, own, best, self.loss_scale)
+            watched = self.stopper.save(staging)
+            write_state(staging, counts, self.train, own, best, self.loss_scale, watched)
         return files
 
     def save_final(self, need_bytes: int) -> None:
@@ -564,6 +575,7 @@ class Engine:
         if self.loss_scale:
             self.loss_scale = LossScale.restore(state.get("loss_scale"))
         self.last_evaluated = state["evaluated"]
+        self.stopper.restore(folder, state.get("early_stopping"))
         return state
 
     # -- stopping

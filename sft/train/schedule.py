@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from sft.config.schema import Train
+from sft.config.section import interval_steps
 from sft.data import batches
 
 WITHOUT_WARMUP = 10_000  # the warm-up steps in the formula of `inverse_sqrt` if there are none
@@ -50,6 +51,14 @@ def _shape(train: Train, step: int, warmup: int, total_steps: int) -> float:
 def order_seed(train: Train) -> int | None:
     """Returns the seed of the order of examples, or None for the order of the file."""
     return train.seed if train.shuffle else None
+
+
+def is_due(interval: int | str | None, step: int, steps_per_epoch: int) -> bool:
+    """Returns whether `step`, counted from 1, is the first that completes one more interval."""
+    if interval is None:
+        return False
+    every = interval_steps(interval, steps_per_epoch)
+    return step // every > (step - 1) // every
 
 
 def total_steps(train: Train, num_examples: int) -> int:

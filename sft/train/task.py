@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -14,6 +15,8 @@ from sft.models.weights import Weights
 from sft.runtime.tensor_file import TensorFile
 
 Batch = Any
+Paired = Callable[[str, np.ndarray, np.ndarray], tuple[float, float]]
+"""Returns the 95 % interval of the improvement in a metric from one evaluation to another one."""
 
 
 class Trainable(Protocol):
@@ -63,6 +66,15 @@ class Trainable(Protocol):
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Returns held-out metrics, computed by all processes together."""
+
+    def score_answers(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Returns scores of held-out answers of the model after `step`. Collective."""
+
+    def rows_of(self, metric: str) -> np.ndarray:
+        """Returns (examples, statistics) of a metric in the last evaluation, equal on all ranks."""
+
+    def improvement(self, metric: str, before: np.ndarray, now: np.ndarray) -> tuple[float, float]:
+        """Returns the 95 % interval of the improvement from one evaluation's rows to another's."""
 
     def eval_loss(
         self, model: nn.Module, batch: Batch

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from sft.config.load import dump_config, with_values
-from sft.config.schema import RunConfig, sections_of
+from sft.config.schema import EarlyStopping, RunConfig, sections_of
 from sft.errors import ConfigError, VerificationError
 from sft.runtime import checkpoint, run_folder
 from sft.runtime.console import bar
@@ -135,10 +135,11 @@ def _values(config: RunConfig, folder: Path, start: Path | None, last: int) -> d
         "train.save_best": None,
         "train.checkpoint_async": False,
         "train.tensorboard": False,
-        "train.wandb": False,
+        "train.early_stopping": EarlyStopping().model_dump(),
+        "train.trackers": [],
     }
     if "evaluation" in sections_of(type(config)):
-        values["evaluation.num_examples"] = 0
+        values |= {"evaluation.num_examples": 0, "evaluation.during": 0}
     return values
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.config.load import dump_config, with_values
-from sft.config.schema import RunConfig
+from sft.config.schema import EarlyStopping, RunConfig
 from sft.data import batches
 from sft.errors import ConfigError, VerificationError
 from sft.models import attention
@@ -71,7 +71,8 @@ def make_small(config: RunConfig, folder: Path, *, exact: bool = False) -> Small
         "train.save_steps": 1,
         "train.resume_from_checkpoint": None,
         "train.tensorboard": False,
-        "train.wandb": False,
+        "train.early_stopping": EarlyStopping().model_dump(),
+        "train.trackers": [],
         **shrunk.values,
     }
     if exact:

@@ -64,6 +64,7 @@ def run(case: dict[str, Any], out: Path) -> dict[str, Any]:
             if made.step in case["save_at"]:
                 made.keeper.try_to_save(made.step, made._write)
         made.keeper.settle()
+    metrics = made.evaluate() if case.get("evaluate", True) else {"loss": None}
     weights = made.parallel.weights().all()
     if made.accelerator.is_main_process:
         save_file({k: v.contiguous() for k, v in weights.items()}, out / f"{case['name']}.weights")
@@ -75,7 +76,9 @@ def run(case: dict[str, Any], out: Path) -> dict[str, Any]:
         "chunks": made.task.head.tail is not None,
         "why_whole": made.task.head.why_whole,
         "compiler": of_compiler,
-        "held_out": made.evaluate()["loss"] if case.get("evaluate", True) else None,
+        "held_out": metrics["loss"],
+        "metrics": metrics,
+        "rows": None if made.stopper.rows is None else made.stopper.rows.tolist(),
     }
 
 

@@ -273,6 +273,8 @@ class CrowdTune(FineTune):
             found = -mixed.gather(-1, chosen)[:, 0]
             own = -logits.gather(-1, chosen.expand(len(logits), -1, 1))[..., 0]
             correct = (mixed.argmax(-1) == targets).to(own)
+            if self.example_sums is not None:
+                self.example_sums.add(batch, part, found, correct)
             return {
                 "loss": self._weighted_sum(found[None], batch, part),
                 "token_accuracy": self._weighted_sum(correct[None], batch, part),

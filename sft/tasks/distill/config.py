@@ -133,7 +133,7 @@ RULES = (
     ),
     Rule(
         ("train.save_best",),
-        lambda metric: metric == "token_accuracy",
+        lambda metric: metric not in (None, "loss", "perplexity"),
         "histories have no tokens of text: use loss",
     ),
     *(

@@ -35,16 +35,36 @@ def token_losses(
     return each, plain
 
 
-def measure(batch: Batch, settings: Train | None = None) -> Measure:
+class ExampleSums:
+    """Sums of loss, hits and weights over the supervised tokens of each held-out example."""
+
+    def __init__(self, num_examples: int):
+        self.sums = torch.zeros(num_examples, 3, dtype=torch.float64)  # on the CPU
+
+    def add(self, batch: Batch, part: slice, loss: torch.Tensor, hits: torch.Tensor) -> None:
+        """Adds the tokens `part` of a micro-batch: loss (tokens,) and hits (tokens,)."""
+        counts = torch.tensor(batch.counts, dtype=torch.long)
+        owners = torch.tensor(batch.examples, dtype=torch.long).repeat_interleave(counts)[part]
+        weights = torch.ones_like(loss) if batch.weights is None else take(batch.weights, part)
+        each = torch.stack([loss, hits.to(loss), torch.ones_like(loss)], 1).double()
+        self.sums.index_add_(0, owners, (each * weights.double()[:, None]).cpu())
+
+
+def measure(
+    batch: Batch, settings: Train | None = None, rows: ExampleSums | None = None
+) -> Measure:
     """Returns a function that sums losses and hits over supervised tokens, times their weights.
 
-    Without `settings` the loss is plain cross-entropy, as that of held-out rows always is.
+    Without `settings` the loss is plain cross-entropy, as that of held-out rows always is. `rows`
+    get the sums of each example as well.
     """
 
     def sums(logits: torch.Tensor, part: slice) -> dict[str, torch.Tensor]:
         targets = take(batch.targets, part)
         weights = None if batch.weights is None else take(batch.weights, part)
         correct = logits.detach().argmax(-1) == targets
+        if rows is not None:
+            rows.add(batch, part, F.cross_entropy(logits, targets, reduction="none"), correct)
         if settings is not None and not is_plain(settings):
             each, plain = token_losses(logits, targets, settings)
             weights = torch.ones_like(plain) if weights is None else weights.to(plain)

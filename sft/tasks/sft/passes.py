@@ -38,6 +38,7 @@ class Passes(SavedTuning):
         copies = getattr(self.model, "num_agents", 1)
         self.head = SupervisedHead(self.model, copies, self._report_whole)
         alpha, seed = self.config.train.neftune_alpha, self.config.train.seed
+        self.example_sums: losses.ExampleSums | None = None  # of the evaluation that runs
         self.noise = EmbeddingNoise(self.model, alpha, seed) if alpha else None
         self.sequences = None
         if (size := self.config.train.context_parallel) > 1:
@@ -102,7 +103,7 @@ class Passes(SavedTuning):
     def eval_loss(
         self, model: nn.Module, batch: Batch
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        sums, _ = self._sums(model, batch, losses.measure(batch))
+        sums, _ = self._sums(model, batch, losses.measure(batch, rows=self.example_sums))
         return sums.pop("loss"), sums
 
     @torch.no_grad()

@@ -13,10 +13,12 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sft.config.schema import Config
+from sft.config.schema import Config, Evaluation
 from sft.evaluate import answers, predictions
-from sft.runtime.console import beginning, table, write_json
+from sft.runtime.console import atomic_write, beginning, table, write_json
 from sft.tasks.base import Results
+
+SHOWN = ("prompt", "answer", "reference")
 
 
 def show(
@@ -86,16 +88,36 @@ def _side_by_side(folder: Path, num_shown: int) -> Table:
 
 
 def _answers_table(path: Path, num_shown: int) -> Table:
-    columns = ("prompt", "answer", "reference")
     rows = [
-        [Text(_shorten(row[key])) for key in columns]
+        [Text(_shorten(row[key])) for key in SHOWN]
         for row in islice(predictions.read_records(path), num_shown)
     ]
-    return table("", columns, rows, left=3, lines=True)
+    return table("", SHOWN, rows, left=3, lines=True)
 
 
 def _shorten(text: str | None) -> str:
     return beginning("(not answered)" if text is None else text)
+
+
+def write_during(records: list[predictions.Record], path: Path) -> None:
+    """Writes the answers that were scored while it trained."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, follow=False) as file:
+        file.writelines(predictions.to_line(record) for record in records)
+
+
+def answers_text(records: list[predictions.Record], settings: Evaluation) -> str:
+    """Returns the first answers as Markdown, each text quoted so that it is shown as it is."""
+    shown = (
+        "\n\n".join(f"**{key}**\n\n{_quote(record.get(key))}" for key in SHOWN)
+        for record in records[: settings.num_shown]
+    )
+    return "\n\n---\n\n".join(shown)
+
+
+def _quote(text: str | None) -> str:
+    lines = "(not answered)" if text is None else text
+    return "\n".join(f"    {line}" for line in lines.splitlines())
 
 
 def closing(

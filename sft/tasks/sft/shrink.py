@@ -39,6 +39,7 @@ def shrink(config: Config, folder: Path, exact: bool) -> Shrunk:
         "data.eval_fraction": HELD_OUT / rows,
         "data.cache_dir": str(folder / "cache"),
         "evaluation.num_examples": min(config.evaluation.num_examples, 2),
+        "evaluation.during": min(config.evaluation.during, 2),
         "evaluation.max_new_tokens": min(config.evaluation.max_new_tokens, 8),
     }
     if config.tuning.differs_by_layer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -19,7 +19,7 @@ from torch import nn
 
 from sft.config.load import with_values
 from sft.config.lora import Tuning
-from sft.config.schema import Config, Generation, Model
+from sft.config.schema import OF_LOSS, Config, Generation, Model
 from sft.data import audit, audit_report, cache, files, template
 from sft.data.batches import Budget, global_batch_ids
 from sft.data.cache import Prepared
@@ -28,7 +28,14 @@ from sft.data.formats import is_conversation
 from sft.errors import ConfigError, DataError, ModelError, UserError, oom_message, redact
 from sft.evaluate import answers, generate, scores
 from sft.evaluate.answers import Scores
-from sft.evaluate.predictions import ScoredPredictions, key_of, read_records
+from sft.evaluate.intervals import difference_of_ratios
+from sft.evaluate.predictions import (
+    MemoryPredictions,
+    Record,
+    ScoredPredictions,
+    key_of,
+    read_records,
+)
 from sft.models import attention, classes, digests, eva, export, layers, load, pretrained
 from sft.models.cut import CannotCut, Cutting
 from sft.models.groups import freeze_groups
@@ -36,12 +43,13 @@ from sft.models.reach import freeze_untrained
 from sft.models.sequences import SequenceGroup, find_difference, most_tokens
 from sft.models.sizes import Sizes, read_sizes
 from sft.models.weights import Weights
+from sft.runtime import run_folder
 from sft.runtime.console import write_json
 from sft.runtime.plain import read_json
 from sft.runtime.processes import Context
 from sft.runtime.tensor_file import TensorFile
 from sft.tasks.base import Alternative, ExampleSize, Finding, Results, Shrunk, TaskInfo, Workload
-from sft.tasks.sft import card, report, shrink
+from sft.tasks.sft import card, losses, report, shrink
 from sft.tasks.sft.passes import Passes
 from sft.train.engine import Engine
 from sft.train.parallel import cutting_rule
@@ -74,6 +82,7 @@ class FineTune(Passes):
     model_sections: ClassVar[tuple[str, ...]] = ("model", "tuning")
     placeholders: ClassVar[Mapping[str, Any]] = {"data": {"train_path": "none"}}
     shares_sequences = True
+    compares_evaluations = True
 
     # -- before there is a model
 
@@ -102,11 +111,15 @@ class FineTune(Passes):
     def refuse_unusable(cls, config: Config, prepared: Prepared) -> None:
         """Raises UserError if a metric cannot use the reference of a row that it will score."""
         tally = scores.Tally(config.evaluation.metrics, config.evaluation.labels or ())
-        for number, question in enumerate(_questions(config, prepared)):
+        answered = max(config.evaluation.num_examples, config.evaluation.during)
+        number = -1
+        for number, question in enumerate(_questions(prepared, answered)):
             try:
                 tally.add(number, None, question.fields["reference"])  # as a failed answer
             except UserError as error:
                 raise UserError(f"{question.fields['row']}: {error}") from None
+        if config.evaluation.during and number < 0:
+            raise UserError("evaluation.during: no held-out row asks for an answer; set it to 0")
 
     @classmethod
     def info(cls, config: Config) -> TaskInfo:
@@ -254,7 +267,7 @@ class FineTune(Passes):
         cls, config: Config, precision: str, prompts: Sequence[int], world_size: int
     ) -> int:
         settings = config.evaluation
-        asked = prompts[: settings.num_examples]
+        asked = prompts[: max(settings.num_examples, settings.during)]
         if not len(asked):
             return 0
         rows = min(settings.batch_size, math.ceil(len(asked) / world_size))
@@ -309,6 +322,7 @@ class FineTune(Passes):
         few = {
             "data.max_rows": min(TRIAL_ROWS, config.data.max_rows or TRIAL_ROWS),
             "evaluation.num_examples": min(1, config.evaluation.num_examples),
+            "evaluation.during": min(1, config.evaluation.during),
             "evaluation.max_new_tokens": min(TRIAL_TOKENS, config.evaluation.max_new_tokens),
         }
         return with_values(config, few)
@@ -413,8 +427,14 @@ class FineTune(Passes):
         """Returns what answers, to be added to a message; an empty text for a single model."""
         return ""
 
-    def answer_held_out(self, model: nn.Module, path: Path, state: str) -> Scores:
-        """Answers the first `evaluation.num_examples` held-out prompts into `path`; scores them.
+    def _answer(
+        self,
+        model: nn.Module,
+        number: int,
+        predictions: ScoredPredictions | MemoryPredictions,
+        state: str,
+    ) -> None:
+        """Adds the answers to the first `number` held-out prompts to `predictions`. Collective.
 
         `state` names the model's weights and precision, on which the answers depend.
         """
@@ -428,32 +448,105 @@ class FineTune(Passes):
             tokenizer=tokenizer,
             identity=key_of(self.identity(), self.config.train.seed, state),
         )
-        predictions = ScoredPredictions(path)
         with self.guard.section("generation"):
             answers.answer_all(
                 answer_model,
-                _questions(self.config, self.prepared),
+                _questions(self.prepared, number),
                 predictions,
                 self.context,
                 before_batch=self.guard.stop_if_asked,
-                total=min(settings.num_examples, len(self.prepared.held_out)),
+                total=min(number, len(self.prepared.held_out)),
             )
+
+    def _score(self, records: Iterable[Record]) -> Scores:
+        settings = self.config.evaluation
+        labels = settings.labels or ()
+        return answers.score_records(records, settings.metrics, self.accelerator, labels)
+
+    def score_answers(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Answers the first `evaluation.during` held-out prompts; returns their scores. Collective.
+
+        The answers go to `evaluation/during/` of the run folder, which no process has to share.
+        """
+        if not (number := self.config.evaluation.during):
+            return {}
+        own = MemoryPredictions()
+        self._answer(model, number, own, f"step {step}")
+        records = sorted(gather_object(own.records), key=lambda record: int(record["index"]))
+        if self.log.folder:
+            with self.log.optional(run_folder.DURING):
+                report.write_during(records, run_folder.during(self.log.folder, step))
+        self.log.text("answers", report.answers_text(records, self.config.evaluation), step)
+        self._tally = self._score(records).tally
+        return self._tally.values()
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        watched, self.example_sums = self.config.train.early_stopping.metric, None
+        if watched in OF_LOSS:
+            self.example_sums = losses.ExampleSums(len(self.held_out_lengths))
+        metrics = super().evaluate(model)
+        if sums := self.example_sums:  # each example was on one rank, or was shared
+            device = self.accelerator.device
+            sums.sums = self.accelerator.reduce(sums.sums.to(device), "sum").cpu()
+        return metrics
+
+    def rows_of(self, metric: str) -> np.ndarray:
+        if metric not in OF_LOSS:
+            return self._tally.rows_of(self._metric_with(metric))
+        assert self.example_sums is not None
+        return self.example_sums.sums.numpy()
+
+    def _metric_with(self, score: str) -> str:
+        """Returns the one of `evaluation.metrics` that a score belongs to."""
+        return score if score in self.config.evaluation.metrics else "classification"
+
+    def improvement(self, metric: str, before: np.ndarray, now: np.ndarray) -> tuple[float, float]:
+        """Returns the interval of how much smaller the loss is, or how much higher the score."""
+        if metric not in OF_LOSS:
+            names, labels = [self._metric_with(metric)], self.config.evaluation.labels or ()
+            tallies = [scores.Tally(names, labels) for _ in range(2)]
+            for tally, rows in zip(tallies, (before, now), strict=True):
+                tally.rows = rows
+            pair = scores.paired_intervals(*tallies)[metric]
+            if pair.low is None or pair.high is None:
+                return -math.inf, math.inf
+            return pair.low, pair.high
+        column = int(metric == "token_accuracy")
+        low, high = difference_of_ratios(before[:, column], now[:, column], before[:, 2])
+        if metric == "token_accuracy":
+            return low, high
+        if metric == "loss":
+            return -high, -low
+        perplexity = math.exp(min(before[:, 0].sum() / max(before[:, 2].sum(), 1e-9), 700.0))
+        return perplexity * -math.expm1(high), perplexity * -math.expm1(low)
+
+    def answer_held_out(self, model: nn.Module, path: Path, state: str) -> Scores:
+        """Answers the first `evaluation.num_examples` held-out prompts into `path`; scores them."""
+        predictions = ScoredPredictions(path)
+        self._answer(model, self.config.evaluation.num_examples, predictions, state)
         records, reason = predictions.collect()
         if reason:
             self.log.say(
                 f"warning: {reason}. All answers are scored, but the file lacks some; `make "
                 f"evaluate RUN={self.config.train.output_dir}` writes them"
             )
-        return answers.score_records(
-            read_records(path) if records is None else records,
-            settings.metrics,
-            self.accelerator,
-            settings.labels or (),
-        )
+        return self._score(read_records(path) if records is None else records)
+
+    @cached_property
+    def _held_out_rows_sha256(self) -> str:
+        return examples_sha256(self.prepared.held_out)
 
     @cached_property
     def held_out_sha256(self) -> str:
-        return examples_sha256(self.prepared.held_out)
+        """Returns the digest of the held-out rows and, if a score is watched, of what is asked."""
+        rows, settings, train = (
+            self._held_out_rows_sha256,
+            self.config.evaluation,
+            self.config.train,
+        )
+        if {train.save_best, train.early_stopping.metric} <= {None, *OF_LOSS}:
+            return rows
+        return key_of(rows, settings.during, settings.max_new_tokens, settings.labels)
 
     def save(self, folder: Path, weights: Weights) -> list[TensorFile]:
         own = self.config.model
@@ -469,8 +562,8 @@ class FineTune(Passes):
     def measure_base(self, engine: Engine, precision: str, resumed: bool) -> Results:
         """Returns the base's results; a resumed run reads them if what is asked is the same."""
         path = engine.folder / "evaluation" / "base.json"
-        settings = self.config.evaluation.model_dump(exclude={"num_shown", "batch_size"})
-        settings["held_out_sha256"] = self.held_out_sha256
+        settings = self.config.evaluation.model_dump(exclude={"num_shown", "batch_size", "during"})
+        settings["held_out_sha256"] = self._held_out_rows_sha256
         if resumed and path.with_suffix(".jsonl").exists():
             found = read_json(path)  # a crash of the machine can leave it empty
             if found.get("settings") == settings:
@@ -497,6 +590,10 @@ class FineTune(Passes):
     def report(
         self, base: Results | None, tuned: Results, folder: Path
     ) -> Iterator[RenderableType]:
+        settings, path = self.config.evaluation, folder / "predictions.jsonl"
+        with self.log.optional(path.name):
+            first = list(islice(read_records(path), settings.num_shown))
+            self.log.text("answers", report.answers_text(first, settings))
         return report.show(self.config, base, tuned, folder)
 
     merge_arguments = ""  # what `make merge` needs in addition to the run
@@ -516,10 +613,10 @@ class FineTune(Passes):
         return report.closing(self.config, base, tuned, self.merge_arguments)
 
 
-def _questions(config: Config, prepared: Prepared) -> Iterator[answers.Question]:
-    """Yields the first `evaluation.num_examples` held-out prompts; documents ask nothing."""
+def _questions(prepared: Prepared, number: int) -> Iterator[answers.Question]:
+    """Yields the first `number` held-out prompts; documents ask nothing."""
     rows = (row for row in prepared.held_out.rows() if is_conversation(row.messages))
-    for row in islice(rows, config.evaluation.num_examples):
+    for row in islice(rows, number):
         yield answers.make_question(row, prepared.tokenizer)
 
 
