@@ -53,7 +53,7 @@ gguf = $(if $(value GGUF)$(value LLAMA_CPP),--gguf "$${GGUF:-$$LLAMA_CPP}") $(ca
 
 .PHONY: help setup setup-accelerate import gpu-info memory-check plan check process audit show-data \
 	train train-crowd train-distributed train-fsdp train-deepspeed train-distributed-tb train-fsdp-tb train-deepspeed-tb tensorboard \
-	tb-stop verify-resume verify-invariance collect-darkroom train-darkroom evaluate eval-quick eval-test compare classify infer infer-batch merge merge-test serve serve-test push receipt verify-receipt nano test test-all test-fast test-gpu lint format docs clean
+	tb-stop verify-resume verify-invariance collect-darkroom train-darkroom evaluate eval-quick eval-test compare verdict classify infer infer-batch merge merge-test serve serve-test push receipt verify-receipt nano test test-all test-fast test-gpu lint format docs clean
 
 ##@ Start
 help: ## This list
@@ -151,6 +151,9 @@ eval-test: $(READY) ## Measure held-out loss and score all answers, or those to 
 
 compare: $(READY) ## Say whether B is better or worse than A, or not distinguishable [A=run] [B=run] [METRIC=bleu]
 	@$(BIN)/python -m sft $@ --a "$$A" --b "$$B" $(call option,metric,METRIC) $(call option,show,SHOW) $(call option,json,JSON)
+
+verdict: $(READY) ## Say what a run learnt, what it lost of its base, and what it cost [RUN=folder] [NUM_PROCESSES=2]
+	@$(run) $(ARGS)
 
 classify: $(READY) ## Ask MODEL or RUN for labels and score them; TUNE=1 also fine-tunes and compares [CONFIG=file]
 	@$(sft) $(call option,model,MODEL) $(call option,run,RUN) $(call flag,tune,TUNE) $(ARGS)

@@ -23,6 +23,7 @@ class ExitCode(IntEnum):
     NOT_FINITE = 5
     OUT_OF_MEMORY = 6
     PEER = 7
+    OVER_LIMIT = 8
     PREEMPTED = 75
     INTERRUPTED = 130  # 128 + SIGINT, as shells report it
     TERMINATED = 143  # 128 + SIGTERM

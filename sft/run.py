@@ -234,8 +234,8 @@ def _inputs(config: RunConfig) -> list[Path]:
     """Returns the files and folders that a run reads, as far as they are on this machine."""
     values = config.model_dump()
     given = [values.get("model", {}).get("name")]
-    for key in ("train_path", "eval_path"):
-        path = values.get("data", {}).get(key)
+    data = values.get("data", {})
+    for path in (data.get("train_path"), data.get("eval_path"), data.get("replay", {}).get("path")):
         given += path if isinstance(path, list) else [path]
     return [Path(path) for path in given if path and os.path.exists(path)]  # an address is long
 

@@ -400,6 +400,7 @@ CHANGES = {  # of everything that examples and audit depend on: an override, or 
     "ignore_columns": lambda *_: ["data.ignore_columns=[id]"],
     "csv_delimiter": lambda *_: ["data.csv_delimiter=;"],
     "columns": lambda *_: ["data.columns={prompt: completion, completion: prompt}"],
+    "replay": lambda f, _: [f"data.replay.path={f / 'held_out.jsonl'}"],
     "system": lambda *_: ["data.system=replace", "data.system_prompt=Be brief."],
     "on_bad_row": lambda *_: ["data.on_bad_row=skip"],
     "duplicates": lambda *_: ["data.duplicates=drop"],

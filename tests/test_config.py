@@ -275,6 +275,11 @@ BREAKS = [  # for each rule, in order: overrides that break it, and one more tha
     (["model.init=random"], "tuning.mode=full"),
     (["data.eval_fraction=0"], "data.eval_path=held_out.jsonl"),
     (["data.mix=[1, 2]"], "data.train_path=[a.jsonl, b.jsonl]"),
+    (["data.replay.share=0.2"], "data.replay.path=base"),
+    (
+        ["data.replay.path=base", "model.init=random", "tuning.mode=full"],
+        "data.replay.path=general.jsonl",
+    ),
     (["data.system=replace"], "data.system_prompt=Be kind."),
     (["evaluation.metrics=[classification]"], "evaluation.labels=[yes, no]"),
     (["crowd.num_agents=2", "tuning.mode=full"], "tuning.mode=qlora"),
@@ -625,7 +630,7 @@ def test_a_flag_gives_what_its_override_gives(
     text = MINIMAL if task == "sft" else "task: distill\ntrain: {output_dir: outputs/x}\n"
     file = write(tmp_path_factory.getbasetemp() / f"{task}.yaml", text)
     last = path.split(".")[1]
-    same = [p for t, p in PATHS if t == task and p.endswith(f".{last}")]
+    same = [p for p, *_ in schemas()[task].paths() if p.endswith(f".{last}")]
     name = last if short and (len(same) == 1 or path.startswith("train.")) else path
     flag = f"--{name.replace('_', '-') if dashes else name}"
     words = [f"{flag}={written}"] if joined else [flag, written]

@@ -7,9 +7,12 @@ import re
 import statistics
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from conftest import ROOT
+
+from sft.evaluate import verdict
 
 README = (ROOT / "README.md").read_text("utf-8")
 RESULTS = ROOT / "benchmarks/results"
@@ -71,6 +74,13 @@ def test_what_make_train_prints_is_from_a_real_run():
     lines = [line.rstrip() for line in block.strip().splitlines()]
     assert 5 <= len(lines) <= 8
     assert [line for line in lines if line not in {p.rstrip() for p in printed.splitlines()}] == []
+
+
+def test_the_picture_of_the_verdict_is_from_a_real_run():
+    picture = (ROOT / "docs/verdict.svg").read_text("utf-8")
+    assert "(docs/verdict.svg)" in README
+    assert verdict.draw(result("nano/verdict.json")) == picture
+    assert ElementTree.fromstring(picture).tag.endswith("svg")
 
 
 MEMORY = README[README.index("| peak memory predicted for |") :].split("\n\n")[0]

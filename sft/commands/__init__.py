@@ -117,6 +117,9 @@ VERBS = {
     "compare": Verb(
         "Use", "Say whether B is better or worse than A, or not distinguishable", "use.compare"
     ),
+    "verdict": Verb(
+        "Use", "Say what a run learnt, what it lost of its base, and what it cost", "use.verdict"
+    ),
     "classify": Verb(
         "Use",
         "Ask MODEL or RUN for labels and score them; TUNE=1 also fine-tunes and compares",

@@ -33,9 +33,11 @@ def audit(args: Namespace) -> int:
     """Prints the findings, and writes them into outputs/audits. Returns 3 if one is an error."""
     config = cli.configuration(args)
     from sft.data import audit_report, cache
+    from sft.tasks.sft import replay
 
     console = make_console()
-    prepared = cache.prepare(with_values(config, {"data.audit": "warn"}))
+    config = with_values(replay.with_base_answers(config), {"data.audit": "warn"})
+    prepared = cache.prepare(config)
     for part in ("train", "held_out"):
         found = prepared.audit[part]
         rows = [
@@ -82,8 +84,10 @@ def show_data_options(parser: cli.Parser) -> None:
 
 def show_data(args: Namespace) -> None:
     """Prints the examples of every row that `--row` selects, as training sees them."""
-    config = cli.configuration(args)
     from sft.data import audit, audit_report, cache, files, template
+    from sft.tasks.sft import replay
+
+    config = replay.with_base_answers(cli.configuration(args))
 
     settings, console, num_shown = config.data, make_console(), 0
     tokenizer = cache.load_tokenizer(config)

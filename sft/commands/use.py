@@ -1,4 +1,4 @@
-"""Verbs for a model or a finished run: evaluate, compare, classify, infer, infer-batch, merge."""
+"""Verbs for a model or a finished run: evaluate, verdict, compare, classify, infer, merge ..."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from sft import cli
 from sft.config.load import parse_generation
 from sft.config.schema import Config, Train
-from sft.errors import UserError
+from sft.errors import ExitCode, UserError
 from sft.runtime import launcher
 from sft.runtime.console import make_console
 from sft.runtime.output import show
@@ -31,6 +31,21 @@ def evaluate(args: Namespace) -> int | None:
 
     run.evaluate_run(args.run, args.name, args.overrides)
     return None
+
+
+def verdict_options(parser: cli.Parser) -> None:
+    parser.add_argument("--run", type=Path, default=Path("outputs/nano"), help="folder of the run")
+    parser.add_overrides("section")
+
+
+def verdict(args: Namespace) -> int:
+    """Prints what a run learnt, lost and cost; returns 8 if its drift exceeds the limit."""
+    if launcher.has_ranks_to_start():
+        return launcher.launch_self(args.run / "evaluation" / args.verb)
+    from sft.serve import outcome
+
+    gate = outcome.judge_run(args.run, args.overrides)["gate"]
+    return ExitCode.OVER_LIMIT if gate and not gate["open"] else ExitCode.FINISHED
 
 
 def compare_options(parser: cli.Parser) -> None:

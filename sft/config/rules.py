@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from sft.config.lora import CHANGES_BASE, Lora
-from sft.config.schema import OF_LOSS, HeldOutMetric, MetricName, Rule, RunConfig
+from sft.config.schema import (
+    BASE_ANSWERS,
+    OF_LOSS,
+    HeldOutMetric,
+    MetricName,
+    Replay,
+    Rule,
+    RunConfig,
+)
 from sft.config.section import OnlyWith, Section
 
 
@@ -192,6 +200,16 @@ RULES = [
             weights is not None and len(weights) != (len(path) if isinstance(path, list) else 1)
         ),
         "must have one weight for each path of data.train_path",
+    ),
+    Rule(
+        ("data.replay.share", "data.replay.path"),
+        lambda share, path: path is None and share != Replay().share,
+        "is only read with data.replay.path; set that, or remove this key",
+    ),
+    Rule(
+        ("data.replay.path", "model.init"),
+        lambda path, init: path == BASE_ANSWERS and init == "random",
+        "a model of random weights has no answers to keep: give a path of rows",
     ),
     Rule(
         ("data.system", "data.system_prompt"),

@@ -97,6 +97,20 @@ class Model(Section):
     these rows of the embeddings are trained."""
 
 
+BASE_ANSWERS = "base"  # a value of data.replay.path
+
+
+class Replay(Section):
+    """Rows that keep what the base could do, mixed into each epoch (docs/VERDICT.md)."""
+
+    path: Text | Texts | None = None
+    """General rows, given like `data.train_path`, of a detected format. `base`: the base's own
+    greedy answers to every second general prompt of each domain. null: none."""
+    share: Share = 0.05
+    """Share of the rows of an epoch that are replayed. Rows are used again, or only some of them,
+    drawn with `train.seed`, until they are so many."""
+
+
 class Data(Section):
     """Rows for training and held-out rows."""
 
@@ -106,6 +120,8 @@ class Data(Section):
     mix: list[Positive] | None = None
     """How often an epoch contains the rows of each `train_path`. 2: twice. 0.5: half of them, drawn
     with `train.seed`. null: once."""
+    replay: Replay = Replay()
+    """Further rows that keep what the base could do (section `data.replay`)."""
     eval_path: Text | Texts | None = None
     """Held-out rows, given like `train_path`. null: `eval_fraction` of the training rows."""
     eval_fraction: Fraction = 0.05
@@ -411,6 +427,12 @@ class Evaluation(Section):
     """Possible labels. An answer that is none of them counts as failed."""
     group: Text | None = None
     """Column, or a path such as `meta.kind`: scores are also reported for each of its values."""
+    general_path: Text | Texts | None = None
+    """General prompts and texts on which `make verdict` compares the tuned model with its base
+    (docs/VERDICT.md). null: the bundled ones."""
+    max_drift: Positive | None = None
+    """Largest drift from the base, KL in nats per token, of any domain of the general prompts.
+    Above it `make verdict` ends with exit code 8. null: no limit."""
 
 
 class Generation(Section):
@@ -567,5 +589,6 @@ NESTED: dict[str, type[Section]] = {
     "generation": Generation,
     "tuning.lora": Lora,
     "train.early_stopping": EarlyStopping,
+    "data.replay": Replay,
     "train.groups": Group,
 }

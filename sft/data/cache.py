@@ -43,7 +43,7 @@ from sft.data.examples import (
     open_findings,
 )
 from sft.data.files import BadRow
-from sft.data.workers import HELD_OUT, PLACE, TRAIN, AnyRow
+from sft.data.workers import HELD_OUT, PLACE, REPLAY, TRAIN, AnyRow
 from sft.models import pretrained, vocabulary
 from sft.runtime import checkpoint, plain
 from sft.runtime.console import bar, make_console, write_json
@@ -54,6 +54,13 @@ KEPT = 16  # folders in the cache
 KEY = re.compile("[0-9a-f]{24}")  # their names
 MOST_COLUMNS = 1000  # that are counted, if the rows have that many
 ORDER = np.dtype([("example", np.int64), ("length", np.int32)])  # an example of a part
+MADE_OF = ("train", "eval", "replay")  # files among the inputs
+NOT_READ: dict[
+    str, Any
+] = {  # by the examples: only the contents of files matter, and replay says how often
+    **dict.fromkeys(("train_path", "eval_path", "audit", "cache_dir"), True),
+    "replay": {"path"},
+}
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow", "datasets", "numpy")
 
 
@@ -83,7 +90,7 @@ def prepare(config: Config, on_progress: Callable[[], None] = lambda: None) -> P
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are already parallel
     tokenizer = load_tokenizer(config)
-    for path in (config.data.train_path, config.data.eval_path or []):
+    for path in files.row_paths(config.data):
         files.list_files(path, config.data.cache_dir, on_progress)  # fetches remote ones
     made_of = cache_inputs(config, tokenizer)
     folder = Path(config.data.cache_dir, cache_key(made_of))
@@ -212,7 +219,7 @@ def _prune(cache: Path) -> None:
 def _digests_used(cache: Path) -> set[str]:
     """Returns the digests of the files that the prepared data in a cache were made of."""
     inputs = [read_json(path).get("inputs", {}) for path in cache.glob("*/audit.json")]
-    made_of = [file for each in inputs for part in ("train", "eval") for file in each.get(part, [])]
+    made_of = [file for each in inputs for part in MADE_OF for file in each.get(part, [])]
     return {str(file.get("digest")) for file in made_of}
 
 
@@ -238,11 +245,12 @@ def cache_inputs(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     """Returns everything that the examples and their audit depend on, and nothing else."""
     section = config.data
     source = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
-    is_drawn = section.mix or not section.eval_path
+    is_drawn = section.mix or section.replay.path or not section.eval_path
     return {
         "train": files.file_digests(section.train_path, section.cache_dir),
         "eval": files.file_digests(section.eval_path or [], section.cache_dir),
-        "options": section.model_dump(exclude={"train_path", "eval_path", "audit", "cache_dir"}),
+        "replay": files.file_digests(section.replay.path or [], section.cache_dir),
+        "options": section.model_dump(exclude=NOT_READ),
         "max_length": max_length(config),
         "group": config.evaluation.group,
         "seed": config.train.seed if is_drawn else None,
@@ -287,9 +295,10 @@ def _fill(
     try:
         counts = _write_rows(config, tokenizer, staging, on_progress)
         again = cache_inputs(config, tokenizer)
-        if changed := [name for name in ("train", "eval") if again[name] != made_of[name]]:
+        keys = {"train": "train_path", "eval": "eval_path", "replay": "replay.path"}
+        if changed := [key for name, key in keys.items() if again[name] != made_of[name]]:
             raise errors.DataError(
-                f"the files of data.{changed[0]}_path changed while they were read; start again"
+                f"the files of data.{changed[0]} changed while they were read; start again"
             )
         audited = _decide(config, tokenizer, staging, counts) | {"inputs": made_of}
         (staging / "audit.json").write_text(json.dumps(audited, ensure_ascii=False), "utf-8")
@@ -318,19 +327,22 @@ def _write_rows(
 ) -> _Counts:
     """Writes the examples of all rows into `folder`, and the rows' fingerprints into `rows`."""
     data, row_folder = config.data, folder / ROWS
-    options = files.read_options(data) | {"group": config.evaluation.group}
-    paths = [data.train_path, *([data.eval_path] if data.eval_path else [])]
+    given = {TRAIN: data.train_path, HELD_OUT: data.eval_path, REPLAY: data.replay.path}
+    paths = {part: path for part, path in given.items() if path}
     render = partial(workers.render_rows, tokenizer, max_length(config), render_options(data))
     counts, first = _Counts(), list[BadRow]()
     row_folder.mkdir()
     with (
         (folder / "rejected.jsonl").open("w", encoding="utf-8") as rejected,
-        bar(make_console(), "prepare", _num_rows(data, paths)) as advance,
+        bar(make_console(), "prepare", _num_rows(data, [*paths.values()])) as advance,
     ):
-        for part, path in enumerate(paths):
+        for part, path in paths.items():
             most = data.max_rows if part == TRAIN else None
+            options = files.read_options(data) | {"group": config.evaluation.group}
+            if part == REPLAY:  # what the section says of columns and prompts is about other rows
+                options = {key: options[key] for key in ("cache_dir", "csv_delimiter")}
             rows: Iterator[AnyRow] = islice(files.read_all(path, **options), most)
-            share = data.eval_fraction if len(paths) == 1 else 0
+            share = data.eval_fraction if part == TRAIN and not data.eval_path else 0
             document, rows = workers.only_document(rows) if share else (None, rows)
             chunks = (
                 [workers.render_split_document(tokenizer, document, max_length(config), share)]
@@ -435,10 +447,17 @@ def _choose_rows(
     if not data.eval_path and len(train) and not len(held_out):
         held = split.split(digests[train], data.eval_fraction, seed)
         train, held_out = train[~held], train[held]
-    if not data.mix:
-        return train, train, held_out
-    mixed = train[split.mix(places["entry"][train], data.mix, seed)]
-    return mixed, np.unique(mixed), held_out
+    mixed = train
+    if data.mix:
+        mixed = train[split.mix(places["entry"][train], data.mix, seed)]
+        train = np.unique(mixed)
+    if data.replay.path:
+        replayed = np.flatnonzero((places["part"] == REPLAY) & is_kept)
+        if not len(replayed):
+            raise errors.DataError("data.replay.path: no row is left to replay")
+        mixed = split.add_share(mixed, replayed, data.replay.share, seed)
+        train = np.unique(mixed)
+    return mixed, train, held_out
 
 
 def _find_across(

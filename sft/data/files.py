@@ -324,10 +324,12 @@ def select_rows(section: Data, place: str | None) -> Iterator[Row | BadRow]:
     name, _, digits = f":{place}".rpartition(":")
     if not digits.isdecimal():
         return
-    for path in (section.train_path, section.eval_path or []):
+    for path in row_paths(section):
+        is_replayed = path == section.replay.path
         for source in sources(path, cache_dir):
             if f":{source.file}".endswith(name):
-                yield from _rows_at(source, int(digits), options)
+                own = {} if is_replayed else options
+                yield from _rows_at(source, int(digits), own)
 
 
 def _rows_at(source: Source, line: int, options: dict[str, Any]) -> Iterator[Row | BadRow]:
@@ -460,6 +462,12 @@ def process(settings: Data, output: Path) -> list[tuple[str, str]]:
     return report
 
 
+def row_paths(section: Data) -> list[Paths]:
+    """Returns the paths of all rows that a configuration names."""
+    given = (section.train_path, section.eval_path, section.replay.path)
+    return [path for path in given if path]
+
+
 def local_paths(section: Data) -> str | list[str]:
     """Returns `train_path` with a copy in place of each address of a single file.
 
@@ -474,7 +482,7 @@ def local_paths(section: Data) -> str | list[str]:
 
 def hidden_files(section: Data) -> list[str]:
     """Returns the hidden data files in the folders and globs of a configuration; none is read."""
-    paths, cache = (section.train_path, section.eval_path or []), Path(section.cache_dir).resolve()
+    paths, cache = row_paths(section), Path(section.cache_dir).resolve()
     hidden = (name for path in paths for name in list_files(path, section.cache_dir).hidden)
     return [name for name in hidden if not Path(name).resolve().is_relative_to(cache)]
 

@@ -1,4 +1,4 @@
-"""Mixes files, and splits rows into training and held-out parts."""
+"""Mixes files and replayed rows, and splits rows into training and held-out parts."""
 
 from __future__ import annotations
 
@@ -37,6 +37,19 @@ def mix(entries: np.ndarray, weights: list[float], seed: int) -> np.ndarray:
         part = np.sort(order[: round(weight % 1 * len(mine))])
         result += [mine] * int(weight) + [mine[part]]
     return np.concatenate(result)
+
+
+def add_share(rows: np.ndarray, added: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Returns `rows` with rows of `added` between them, which are `share` of the result.
+
+    Each row of `added` is used equally often, but for one time; (seed, index) decide which.
+    """
+    wanted = max(1, round(share / (1 - share) * len(rows)))
+    entries = np.zeros(len(added), int)
+    chosen = added[mix(entries, [wanted / len(added)], seed)]
+    # Evenly spread: with `train.shuffle: false` they stand in this order.
+    places = (np.arange(len(chosen)) * len(rows)) // len(chosen)
+    return np.insert(rows, places, chosen)
 
 
 def split(digests: np.ndarray, eval_fraction: float, seed: int) -> np.ndarray:

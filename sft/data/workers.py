@@ -29,7 +29,7 @@ CHUNK_ROWS = 256  # rows that a worker takes at a time, unless they are long:
 CHUNK_CHARACTERS = 2**20  # then it takes those that reach so many characters
 MOST_TOKENS = 2**21  # of a chunk at a time; the rows behind them wait, so that memory is bounded
 PLACE = np.dtype([("part", "u1"), ("entry", "u2")])  # which path a row came from
-TRAIN, HELD_OUT = 0, 1  # values of `part`
+TRAIN, HELD_OUT, REPLAY = 0, 1, 2  # values of `part`
 
 
 @dataclass

@@ -6,13 +6,14 @@ docs/INFER.md says which score has which.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 
 LEVEL = 0.95
 ALPHA = 0.05  # a verdict needs a smaller adjusted p-value
+EXCHANGES = 9999  # p-values from 0.0001, so Holm's method has room for 500
 Z = 1.959964  # quantile of the normal distribution that leaves 5 % outside
 Interval = tuple[float, float]
 Key = TypeVar("Key", bound=Hashable)
@@ -93,3 +94,47 @@ def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
         largest = max(largest, min(1.0, (len(p_values) - place) * p_values[key]))
         adjusted[key] = largest
     return {key: adjusted[key] for key in p_values}
+
+
+def unbounded(values: Sequence[float]) -> Interval | None:
+    """Returns the interval of the mean of values without bounds, such as losses; None for one.
+
+    It is that of Student's t, corrected for the skewness of the values by the cubic of Hall (1992,
+    J. R. Statist. Soc. B 54:221): a few large values make the upper side the longer one.
+    """
+    from scipy.special import stdtrit
+
+    num = len(values)
+    if num < 2:
+        return None
+    mean = math.fsum(values) / num
+    deviation = math.sqrt(math.fsum((each - mean) ** 2 for each in values) / num)
+    if deviation == 0:
+        return mean, mean
+    skewness = math.fsum((each - mean) ** 3 for each in values) / num / deviation**3
+    quantile = float(stdtrit(num - 1, (1 + LEVEL) / 2))
+
+    def transformed(t: float) -> float:
+        """Returns the mean's error, in standard deviations, at this quantile of t."""
+        t /= math.sqrt(num)
+        if abs(skewness) < 1e-6:
+            return t
+        cube = 1 + skewness * (t - skewness / (6 * num))
+        return 3 / skewness * (math.copysign(abs(cube) ** (1 / 3), cube) - 1)
+
+    return mean - deviation * transformed(quantile), mean - deviation * transformed(-quantile)
+
+
+def sign_test(differences: Sequence[float], exchanges: int = EXCHANGES) -> float:
+    """Returns the p-value of a mean difference of pairs, by approximate randomisation.
+
+    If both of a pair are equally good, their difference could as well have the other sign. The
+    p-value is the share of drawn signs that give at least this mean (`scores.compare_tallies`).
+    """
+    import numpy as np
+
+    values = np.asarray(differences, float)
+    values = values[values != 0]
+    signs = np.random.default_rng(0).integers(0, 2, (exchanges, len(values))) * 2.0 - 1
+    found = abs(values.sum()) * (1 - 1e-9)  # equal but for rounding
+    return float((1 + (np.abs(signs @ values) >= found).sum()) / (1 + exchanges))

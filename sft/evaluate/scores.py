@@ -18,12 +18,11 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from sft.errors import UserError
-from sft.evaluate.intervals import ALPHA, Interval, bounded, holm
+from sft.evaluate.intervals import ALPHA, EXCHANGES, Interval, bounded, holm
 from sft.evaluate.metrics import Classification, Measure, Supports, Verdict, make_measure
 
 RESAMPLES = 1000
 AT_ONCE = 2**20  # examples that are drawn at once, over several resamples: about 40 MB
-EXCHANGES = 9999  # of answers between two runs: p-values from 0.0001, so Holm has room for 500
 TIE = 1e-9  # differences that are this close are equal but for rounding
 Key = TypeVar("Key", bound=Hashable)
 ALWAYS_REPORTED = ("num_examples", "metrics", "intervals")  # even if they are empty

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sft.config.lora import Lora, names_layer
-from sft.config.schema import Config
+from sft.config.schema import Config, Replay
 from sft.data import files
 from sft.errors import VerificationError, redact
 from sft.models import classes
@@ -36,6 +36,8 @@ def shrink(config: Config, folder: Path, exact: bool) -> Shrunk:
         "data.train_path": files.local_paths(config.data),
         "data.max_rows": rows,
         "data.eval_path": None,
+        "data.replay.path": None,
+        "data.replay.share": Replay().share,
         "data.eval_fraction": HELD_OUT / rows,
         "data.cache_dir": str(folder / "cache"),
         "evaluation.num_examples": min(config.evaluation.num_examples, 2),

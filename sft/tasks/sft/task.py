@@ -49,7 +49,7 @@ from sft.runtime.plain import read_json
 from sft.runtime.processes import Context
 from sft.runtime.tensor_file import TensorFile
 from sft.tasks.base import Alternative, ExampleSize, Finding, Results, Shrunk, TaskInfo, Workload
-from sft.tasks.sft import card, losses, report, shrink
+from sft.tasks.sft import card, losses, replay, report, shrink
 from sft.tasks.sft.passes import Passes
 from sft.train.engine import Engine
 from sft.train.parallel import cutting_rule
@@ -88,7 +88,7 @@ class FineTune(Passes):
 
     @classmethod
     def prepare(cls, config: Config, tick: Callable[[], None] = lambda: None) -> Prepared:
-        return cache.prepare(config, tick)
+        return cache.prepare(replay.with_base_answers(config, tick), tick)
 
     @classmethod
     def digests(cls, prepared: Prepared) -> dict[str, str]:
