@@ -123,3 +123,14 @@ def test_it_is_collected_windowed_and_played(tmp_path, monkeypatch):
     returns = play(model, [(goal, 0) for goal in unseen], 4).returns  # longer than the context
     assert returns.shape == (8, 4)
     assert returns.max() <= 2
+
+
+def test_a_world_is_a_part_of_a_run_but_the_first_one_as_in_older_runs(monkeypatch):
+    monkeypatch.setattr(task.Distillation, "digests", classmethod(lambda *_: {}))
+    worlds = {}
+    for world in ("darkroom", "key_to_door"):
+        config = load_run(CONFIG).model_copy()
+        config = with_values(config, {"distill.world": world})
+        worlds[world] = task.Distillation.identity_of(config, None)["distill"]
+    assert "world" not in worlds["darkroom"]
+    assert '"world":"key_to_door"' in worlds["key_to_door"]

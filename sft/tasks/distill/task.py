@@ -85,8 +85,10 @@ class Distillation(Task):
 
     @classmethod
     def identity_of(cls, config: DistillConfig, prepared: Histories) -> dict[str, str]:
-        evaluation = {name for name in Distill.model_fields if name.startswith("eval_")}
-        settings = config.distill.model_dump_json(exclude=evaluation | {"data_dir"})
+        left = {name for name in Distill.model_fields if name.startswith("eval_")} | {"data_dir"}
+        if config.distill.world == Distill.model_fields["world"].default:
+            left.add("world")  # older checkpoints have no such key
+        settings = config.distill.model_dump_json(exclude=left)
         return {"distill": settings, **cls.digests(prepared)}
 
     @classmethod
