@@ -38,8 +38,9 @@ def train(config: str | Path | RunConfig | None, overrides: Overrides = ()) -> R
     loaded = configuration(config, overrides)
     cli.prepare_libraries()
     from sft import run
+    from sft.verify import share
 
-    metrics = _call(lambda: run.train(loaded))
+    metrics = _call(lambda: run.train(share.with_share(loaded)))
     folder = Path(loaded.train.output_dir)
     return RunResult(folder, metrics, folder / "final_checkpoint")
 

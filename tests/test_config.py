@@ -247,6 +247,7 @@ EVA = ["tuning.mode=lora", "tuning.lora.init_lora_weights=eva"]
 DURING = ["train.eval_steps=10", "evaluation.during=5"]
 WATCHED = "train.early_stopping.metric"
 EARLY = "train.optimizer_in_backward=true"
+AUTO_SHARE = ["data.replay.path=base", "data.replay.share=auto"]
 BREAKS = [  # for each rule, in order: overrides that break it, and one more that repairs it
     (["data.cache_dir=outputs/x/cache"], "train.output_dir=outputs/y"),
     (["data.train_path=[a.jsonl, nano]", "train.output_dir=nano/x/y"], "train.output_dir=outputs"),
@@ -276,6 +277,9 @@ BREAKS = [  # for each rule, in order: overrides that break it, and one more tha
     (["data.eval_fraction=0"], "data.eval_path=held_out.jsonl"),
     (["data.mix=[1, 2]"], "data.train_path=[a.jsonl, b.jsonl]"),
     (["data.replay.share=0.2"], "data.replay.path=base"),
+    (AUTO_SHARE, "evaluation.max_drift=1"),
+    ([*AUTO_SHARE, "evaluation.max_drift=1", *DEEPSPEED], "data.replay.share=0.1"),
+    ([*AUTO_SHARE, "evaluation.max_drift=1", "crowd.num_agents=2"], "data.replay.share=0.1"),
     (
         ["data.replay.path=base", "model.init=random", "tuning.mode=full"],
         "data.replay.path=general.jsonl",

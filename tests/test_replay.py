@@ -17,21 +17,22 @@ from sft.errors import ConfigError, DataError
 from sft.evaluate.general import load_general
 from sft.tasks.sft import replay
 from sft.tasks.sft.task import FineTune
+from sft.verify import share
 
 
-@pytest.mark.parametrize(("share", "added"), [(0.05, 7), (0.5, 100), (0.75, 7), (0.001, 30)])
-def test_added_rows_have_their_share_and_are_spread(share, added):
+@pytest.mark.parametrize(("part", "added"), [(0.05, 7), (0.5, 100), (0.75, 7), (0.001, 30)])
+def test_added_rows_have_their_share_and_are_spread(part, added):
     rows, extra = np.arange(100), np.arange(1000, 1000 + added)
-    found = split.add_share(rows, extra, share, seed=1)
+    found = split.add_share(rows, extra, part, seed=1)
     is_added = found >= 1000
     assert found[~is_added].tolist() == rows.tolist()
-    wanted = max(1, round(share / (1 - share) * 100))
+    wanted = max(1, round(part / (1 - part) * 100))
     assert abs(is_added.sum() - wanted) <= 1
     counts = np.bincount(found[is_added] - 1000, minlength=added)
     assert counts.max() - counts.min() <= 1
     gaps = np.diff(np.flatnonzero(is_added))
     assert gaps.size == 0 or gaps.max() - gaps.min() <= 1
-    again = split.add_share(rows, extra, share, seed=1)
+    again = split.add_share(rows, extra, part, seed=1)
     assert found.tolist() == again.tolist()
 
 
@@ -137,3 +138,61 @@ def test_a_file_without_rows_to_replay_is_refused(files, tmp_path, monkeypatch):
     (tmp_path / "none.jsonl").write_text("")
     with pytest.raises(DataError, match=r"none\.jsonl: expected rows"):
         FineTune.prepare(configured(files, **{"data.replay.path": f"{tmp_path}/none.jsonl"}))
+
+
+class ShortRuns:
+    """Stands for `run` and `outcome`: a loss of 1 + share, and a drift of 1 - share."""
+
+    def __init__(self) -> None:
+        self.trained: list[tuple[str | None, float, int]] = []
+
+    def train(self, config) -> dict[str, float]:
+        share = config.data.replay.share if config.data.replay.path else 0.0
+        self.trained.append((config.data.replay.path, share, config.train.max_steps))
+        return {"loss": 1 + share}
+
+    def judge_run(self, folder: Path, overrides: list[str], half: int) -> dict:
+        assert half == replay.MEASURED  # all shares by the same prompts
+        drift = 1 - self.trained[-1][1]
+        over = ["all"] if drift > 0.85 else []
+        line = {"name": "all", "divergence": drift}
+        return {"lost": {"drift": [line]}, "gate": {"over": over}}
+
+
+def automatic(files: Path, out: Path, limit: str = "0.85"):
+    auto = {"data.replay.path": "base", "data.replay.share": "auto", "train.max_steps": "80"}
+    return configured(
+        files, **auto, **{"evaluation.max_drift": limit, "train.output_dir": str(out)}
+    )
+
+
+def test_the_smallest_share_under_the_limit_is_chosen_once(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    runs = ShortRuns()
+    for name in ("run", "outcome"):
+        monkeypatch.setattr(share, name, runs)
+    (tmp_path / "r.share").mkdir()
+    config = automatic(files, tmp_path / "r")
+    found = share.with_share(config)
+    assert found.data.replay.share == 0.2
+    assert found.data.replay.path == "base"
+    tried = [(None, 0.0, 50), ("base", 0.05, 50), ("base", 0.1, 50), ("base", 0.2, 50)]
+    assert runs.trained == tried
+    printed = capsys.readouterr().out
+    assert "+0.2" in printed  # the cost to the task
+    assert share.with_share(config) == found
+    assert runs.trained == tried  # the choice is kept
+    assert share.with_share(found) is found
+
+
+@pytest.mark.slow
+def test_if_no_share_is_enough_the_run_is_refused(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(share, "SHARES", (0.0, 0.4))
+    monkeypatch.setattr(share, "STEPS", 2)
+    with pytest.raises(ConfigError, match="found none in runs of at most 2 steps"):
+        share.with_share(automatic(files, tmp_path / "r", "1e-9"))
+    tried = json.loads((tmp_path / "r.share/share.json").read_text())["tried"]
+    assert [line["share"] for line in tried] == [0.0, 0.4]
+    assert all(line["drift"] > 0 and line["over"] for line in tried)
+    assert tried[0]["loss"] != tried[1]["loss"]

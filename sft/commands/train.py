@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from typing import Any
 
 from sft import cli
 from sft.errors import UserError
@@ -19,9 +20,7 @@ def train(args: Namespace) -> None:
         )
     config = cli.run_configuration(args)
     launcher.check_launch(config.train)
-    from sft import run  # imported last: an error in configuration or launch is reported at once
-
-    run.train(config)
+    _train(config)
 
 
 def train_distributed_options(parser: cli.Parser) -> None:
@@ -41,7 +40,13 @@ def train_distributed(args: Namespace) -> int | None:
     if launcher.has_ranks_to_start() or not (args.if_asked or launcher.is_rank()):
         return launcher.launch(config.train, launcher.this_command(), trains=True)
     launcher.check_launch(config.train)
-    from sft import run
-
-    run.train(config)
+    _train(config)
     return None
+
+
+def _train(config: Any) -> None:
+    """Trains in this process; imports come last, so that errors before are reported at once."""
+    from sft import run
+    from sft.verify import share
+
+    run.train(share.with_share(config))

@@ -106,8 +106,9 @@ def classify(args: Namespace) -> int:
     strategies.classify(config, args.run)
     if args.tune:
         from sft import run
+        from sft.verify import share
 
-        run.train(config)
+        run.train(share.with_share(config))
         strategies.classify(config, Path(config.train.output_dir))
     return 0
 

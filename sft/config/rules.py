@@ -207,6 +207,22 @@ RULES = [
         "is only read with data.replay.path; set that, or remove this key",
     ),
     Rule(
+        ("data.replay.share", "evaluation.max_drift"),
+        lambda share, limit: share == "auto" and limit is None,
+        "auto looks for a share under a limit: set evaluation.max_drift",
+    ),
+    Rule(
+        ("data.replay.share", "train.engine"),
+        lambda share, engine: share == "auto" and engine != "ddp",
+        "short runs come first, and only with ddp can a process train again: run `make train` or "
+        "`make train-distributed` once, and give the share that it chose",
+    ),
+    Rule(
+        ("data.replay.share", "crowd.num_agents"),
+        lambda share, agents: share == "auto" and agents > 0,
+        "a verdict compares one model with its base: give a share",
+    ),
+    Rule(
         ("data.replay.path", "model.init"),
         lambda path, init: path == BASE_ANSWERS and init == "random",
         "a model of random weights has no answers to keep: give a path of rows",

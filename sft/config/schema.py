@@ -106,9 +106,11 @@ class Replay(Section):
     path: Text | Texts | None = None
     """General rows, given like `data.train_path`, of a detected format. `base`: the base's own
     greedy answers to every second general prompt of each domain. null: none."""
-    share: Share = 0.05
+    share: Literal["auto"] | Share = 0.05
     """Share of the rows of an epoch that are replayed. Rows are used again, or only some of them,
-    drawn with `train.seed`, until they are so many."""
+    drawn with `train.seed`, until they are so many. `auto`: training begins with short runs, which
+    find the smallest of 0, 0.05, 0.1, 0.2 and 0.4 that keeps drift under `evaluation.max_drift`;
+    without training (`make plan`, `make audit`) it counts as 0.4."""
 
 
 class Data(Section):

@@ -54,6 +54,7 @@ KEPT = 16  # folders in the cache
 KEY = re.compile("[0-9a-f]{24}")  # their names
 MOST_COLUMNS = 1000  # that are counted, if the rows have that many
 ORDER = np.dtype([("example", np.int64), ("length", np.int32)])  # an example of a part
+MOST_REPLAYED = 0.4  # data.replay.share: auto chooses no larger one (sft/verify/share.py)
 MADE_OF = ("train", "eval", "replay")  # files among the inputs
 NOT_READ: dict[
     str, Any
@@ -455,7 +456,8 @@ def _choose_rows(
         replayed = np.flatnonzero((places["part"] == REPLAY) & is_kept)
         if not len(replayed):
             raise errors.DataError("data.replay.path: no row is left to replay")
-        mixed = split.add_share(mixed, replayed, data.replay.share, seed)
+        share = MOST_REPLAYED if data.replay.share == "auto" else data.replay.share
+        mixed = split.add_share(mixed, replayed, share, seed)
         train = np.unique(mixed)
     return mixed, train, held_out
 

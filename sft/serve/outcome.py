@@ -39,15 +39,20 @@ from sft.tasks.sft.task import FineTune
 NAME = "verdict"  # of the files in the run folder, and of the folder with the status
 
 
-def judge_run(run: Path, overrides: list[str]) -> verdict.Verdict:
-    """Returns the verdict on a finished run, and writes it into the run folder. Collective."""
+def judge_run(run: Path, overrides: list[str], half: int | None = None) -> verdict.Verdict:
+    """Returns the verdict on a finished run, and writes it into the run folder. Collective.
+
+    `half`: the half of the prompts to measure it on; None: all that it was not trained on.
+    """
     config = drop_launch_requirements(load_run_config(run, overrides))
     _refuse_others(run, config)
     run_folder.refuse_foreign(run)
     settings = config.evaluation
     general = load_general(settings.general_path, config.data.cache_dir)
     if config.data.replay.path == BASE_ANSWERS:
-        general = general.half(replay.MEASURED)
+        half = replay.MEASURED
+    if half is not None:
+        general = general.half(half)
     out = run / "evaluation" / NAME
     with Guard(out, config.train.stall_timeout, trains=False) as guard:
         if guard.is_first:
