@@ -196,3 +196,15 @@ def test_if_no_share_is_enough_the_run_is_refused(files, tmp_path, monkeypatch):
     assert [line["share"] for line in tried] == [0.0, 0.4]
     assert all(line["drift"] > 0 and line["over"] for line in tried)
     assert tried[0]["loss"] != tried[1]["loss"]
+
+
+def test_the_table_of_the_guide_is_the_measured_one():
+    guide = (ROOT / "docs/VERDICT.md").read_text("utf-8")
+    found = json.loads((ROOT / "benchmarks/results/replay.json").read_text("utf-8"))["summary"]
+    rows = [
+        f"| {each['model']}, {each['measure']} | {each['without']:.3g} | {each['with']:.3g} | "
+        f"{each['higher_with']} of {each['seeds']} seeds |"
+        for each in found
+    ]
+    table = guide[guide.index("| | without |") :].split("\n\n")[0]
+    assert table.splitlines()[2:] == rows

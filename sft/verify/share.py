@@ -13,7 +13,7 @@ from typing import Any
 
 from sft import run
 from sft.config.load import with_values
-from sft.config.schema import BASE_ANSWERS, Config, Replay
+from sft.config.schema import BASE_ANSWERS, Config, EarlyStopping, Replay
 from sft.data import files
 from sft.data.cache import MOST_REPLAYED
 from sft.errors import ConfigError
@@ -31,9 +31,11 @@ PLAIN = {
     "train.save_best": None,
     "train.checkpoint_async": False,
     "train.tensorboard": False,
-    "train.wandb": False,
+    "train.trackers": [],
+    "train.early_stopping": EarlyStopping().model_dump(),
     "train.resume_from_checkpoint": None,
     "train.profile_steps": None,
+    "evaluation.during": 0,
     "evaluation.num_examples": 0,
 }
 
