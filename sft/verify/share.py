@@ -25,7 +25,7 @@ from sft.tasks.sft import replay
 
 SHARES = (0.0, 0.05, 0.1, 0.2, MOST_REPLAYED)
 STEPS = 50  # of a short run, at most
-PLAIN = {
+PLAIN: dict[str, Any] = {  # no more than the loss at the end
     "train.eval_steps": None,
     "train.save_steps": None,
     "train.save_best": None,
