@@ -214,6 +214,19 @@ def test_a_server_that_reveals_text_only_proves_nothing(merged):
     assert all(isinstance(check, str) for check in report["checks"].values())
 
 
+def test_an_answer_that_lacks_a_token_is_not_compared(merged):
+    """llama.cpp lists no token that ends within a character; those behind it would be shifted."""
+    entry = {"id": 5, "logprob": -0.1, "top_logprobs": [{"id": 5, "logprob": -0.1}]}
+    choice = {"message": {"content": "hi"}, "finish_reason": "length"}
+    choice["logprobs"] = {"content": [entry, entry]}
+    with text_server(counts=False) as url:
+        asked = endpoint.Endpoint(url)
+        for number, ids in ((2, [5, 5]), (3, None)):
+            usage = {"prompt_tokens": 3, "completion_tokens": number}
+            reply = asked._read({"choices": [choice], "usage": usage}, [])
+            assert (reply.ids, bool(reply.top)) == (ids, ids is not None)
+
+
 def test_another_number_of_tokens_is_a_difference(merged):
     with (
         text_server(counts=True) as url,

@@ -126,7 +126,11 @@ class Endpoint:
             likeliest = token.get("top_logprobs") or []
             values = [float(each["logprob"]) for each in likeliest]
             top.append(dict(zip(_ids_of(likeliest) or [], values, strict=False)))
-        count = (found.get("usage") or {}).get("prompt_tokens")
+        usage = found.get("usage") or {}
+        count = usage.get("prompt_tokens")
+        # llama.cpp leaves out a token that ends within a character: no other has its place then.
+        if tokens and usage.get("completion_tokens", len(tokens)) != len(tokens):
+            ids, top = None, []
         prompt = found.get("prompt_token_ids") or choice.get("prompt_token_ids")
         return Reply(
             text=choice["message"].get("content") or "",

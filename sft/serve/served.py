@@ -150,6 +150,7 @@ class Findings:
     num_counts_only: int = 0
     num_tokens: int = 0
     num_ties: int = 0
+    num_unknown: int = 0  # answers whose token ids are not known, or not all of them
     num_ends: int = 0
     kl: list[float] = field(default_factory=list)  # server from artefact, for each token
     cost: list[float] = field(default_factory=list)  # artefact from trained model
@@ -189,6 +190,7 @@ class Comparison:
         """Compares a reply with what the model would have written."""
         self._compare_prompt(f"prompt {number}", prompt, reply)
         if reply.ids is None:
+            self.found.num_unknown += 1
             return
         body, ended = _split_end(reply, self.stop)
         logs = others = generate.log_probs(self.shipped, prompt, body)
@@ -258,8 +260,10 @@ class Comparison:
         elif found.num_counts_only == num:
             checks["prompt"] = "the server reveals only the number of tokens, which is equal"
         if found.num_tokens or found.num_ends:
-            ties = f" ({found.num_ties} ties)" if found.num_ties else ""
-            what = f"{found.num_tokens} tokens of answers{ties}, from the likeliest"
+            notes = {"ties": found.num_ties, "answers not known": found.num_unknown}
+            listed = ", ".join(f"{number} {name}" for name, number in notes.items() if number)
+            shown = f" ({listed})" if listed else ""
+            what = f"{found.num_tokens} tokens of answers{shown}, from the likeliest"
             checks["tokens"] = _none_of(what, found.tokens)
             checks["stop"] = f"no answer ended within {NUM_TOKENS} tokens"
         if found.num_ends or found.ends:
