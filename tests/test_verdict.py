@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from conftest import ROOT
 
+import sft
 from sft import commands
+from sft.config.load import load_config
 from sft.config.schema import Generation
-from sft.data import template
+from sft.data import cache, template
 from sft.errors import DataError
 from sft.evaluate import drift, verdict
 from sft.evaluate.answers import AnswerModel
@@ -27,6 +29,7 @@ from sft.evaluate.general import domain_of, load_bundled, load_general
 from sft.evaluate.intervals import sign_test, unbounded
 from sft.evaluate.scores import Difference
 from sft.serve import outcome
+from sft.tasks.sft import replay
 
 OLD = ROOT / "tests/fixtures/runs_before_0.1.0/qlora"
 ROWS = [
@@ -272,6 +275,39 @@ def test_a_verdict_is_printed_written_and_closes_the_gate(run, rows, capsys, mon
     ]
     drawn = verdict.draw(json.loads((run / "verdict.json").read_text()))
     assert drawn == (run / "verdict.svg").read_text()  # a function of the JSON alone
+
+
+@pytest.mark.slow
+def test_after_full_fine_tuning_the_base_is_loaded_by_itself(rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    values = {
+        "model.name": str(tiny.shallow_nano(tmp_path)),
+        "tuning.mode": "full",
+        "data.max_rows": 16,
+        "data.cache_dir": str(tmp_path / "cache"),
+        "train.output_dir": str(tmp_path / "full"),
+        "train.max_steps": 1,
+        "train.save_steps": None,
+        "train.tensorboard": False,
+        "train.precision": "fp32",
+        "evaluation.num_examples": 0,
+        "evaluation.general_path": str(rows),
+        "data.replay.path": "base",
+        "data.replay.share": 0.2,
+    }
+    done = sft.train("configs/nano.yaml", values)
+    found = outcome.judge_run(done.folder, [])
+    general = load_general(str(rows)).half(0)  # the other half was replayed
+    assert found["lost"]["drift"][0]["num_prompts"] == len(general.prompts) == 3
+    assert found["lost"]["drift"][0]["divergence"] > 0
+    assert found["learnt"] == []
+    assert "evaluation.num_examples" in found["learnt_note"]
+    config = load_config(done.folder / "config.yaml")
+    tokenizer = cache.load_tokenizer(config)
+    with replay.open_base(config, tokenizer, torch.device("cpu")) as alone:
+        said = drift.measure_base(alone, general, replay.Alone())
+    assert found["lost"]["texts"][0]["base"] == sum(said.losses) / 2
+    assert outcome.judge_run(done.folder, [])["lost"] == found["lost"]
 
 
 @pytest.mark.slow
