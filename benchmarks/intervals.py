@@ -24,7 +24,7 @@ import numpy as np
 from scipy.stats import binom
 
 from sft.evaluate import scores
-from sft.evaluate.intervals import wilson
+from sft.evaluate.intervals import unbounded, wilson
 from sft.evaluate.scores import Tally, compare_tallies
 from sft.runtime.console import make_console, table, write_json
 
@@ -43,6 +43,14 @@ MEANS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "4 of 5 right": lambda rng, num: mixed(rng, num, 0.8, 1, rng.beta(4, 2, num)),
     "9 of 10 right": lambda rng, num: mixed(rng, num, 0.9, 1, rng.random(num)),
     "1 of 20 fails": lambda rng, num: mixed(rng, num, 0.05, 0, rng.beta(9, 3, num)),
+}
+# Divergences of answers, differences of losses; and their true means.
+UNBOUNDED: dict[str, tuple[Callable[[np.random.Generator, int], np.ndarray], float]] = {
+    "exponential": (lambda rng, num: rng.exponential(1, num), 1.0),
+    "lognormal": (lambda rng, num: np.exp(rng.normal(0, 1, num)), float(np.exp(0.5))),
+    "gamma of 1/2": (lambda rng, num: rng.gamma(0.5, 1, num), 0.5),
+    "1 of 5 drifts": (lambda rng, num: mixed(rng, num, 0.8, 0.02, rng.gamma(1, 1, num)), 0.216),
+    "symmetric, heavy tails": (lambda rng, num: rng.standard_t(5, num), 0.0),
 }
 # Share of each label, how often each is found; the rest are other labels and failures.
 LABELS = {
@@ -147,6 +155,17 @@ def share_rows() -> Iterator[dict[str, Any]]:
                 "coverage": float(np.mean([coverage(wilsons, each) for each in truths])),
                 "percentiles": float(np.mean([coverage(percentiles, each) for each in truths])),
             }
+
+
+def unbounded_rows(tries: int) -> Iterator[dict[str, Any]]:
+    """Yields the coverage of means without bounds: divergences and losses of a verdict."""
+    for shape, (draw, truth) in UNBOUNDED.items():
+        for num in SIZES:
+            rng, held = np.random.default_rng(num), 0
+            for _ in range(tries):
+                low, high = unbounded(draw(rng, num).tolist()) or (np.nan, np.nan)
+                held += low <= truth <= high
+            yield {"kind": "unbounded mean", "shape": shape, "num": num, "coverage": held / tries}
 
 
 @dataclass(frozen=True)
@@ -255,7 +274,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/intervals.json"))
     args = parser.parse_args()
     console = make_console()
-    coverage = [*share_rows()]
+    coverage = [*share_rows(), *unbounded_rows(8 * args.tries)]
     scores.EXCHANGES, scores.RESAMPLES = 0, RESAMPLES
     for of in populations():
         coverage += [row for num in SIZES for row in simulate(of, num, args.tries)]
