@@ -55,7 +55,7 @@ def order_seed(train: Train) -> int | None:
 
 def is_due(interval: int | str | None, step: int, steps_per_epoch: int) -> bool:
     """Returns whether `step`, counted from 1, is the first that completes one more interval."""
-    if interval is None:
+    if not interval:
         return False
     every = interval_steps(interval, steps_per_epoch)
     return step // every > (step - 1) // every
