@@ -19,6 +19,7 @@ import psutil
 import pytest
 from conftest import ROOT, representatives
 from filelock import FileLock
+from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
 from sft.config.load import load_config, with_values
@@ -720,7 +721,12 @@ def real_model(shared: Path, tmp_path: Path, tokenizer: str) -> Path:
     for part in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (folder / part).exists():
             (model / part).symlink_to(folder / part)
-    settings = {"model_type": "llama", "max_position_embeddings": 100_000}
+    vocabulary = AutoTokenizer.from_pretrained(model).get_vocab()
+    settings = {
+        "model_type": "llama",
+        "max_position_embeddings": 100_000,
+        "vocab_size": max(vocabulary.values()) + 1,
+    }
     (model / "config.json").write_text(json.dumps(settings))
     return model
 
