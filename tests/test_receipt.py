@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from sft import commands
 from sft.errors import ConfigError, UserError, VerificationError
 from sft.runtime import checkpoint
-from sft.verify import receipt, replay, runs
+from sft.verify import receipt, repeat, runs
 
 pytestmark = pytest.mark.slow
 CONFIG = """\
@@ -116,7 +116,7 @@ def test_losses_of_another_place_have_a_bound(trained, factor, holds):
         for number, step in steps.items()
     }
     elsewhere, here = (
-        {each.what: each.holds for each in replay._compare(found, steps, others, 1e-5, [])}
+        {each.what: each.holds for each in repeat._compare(found, steps, others, 1e-5, [])}
         for others in (["devices: a in place of b"], [])
     )
     assert elsewhere["loss of 6 steps"] is holds
@@ -259,7 +259,7 @@ def test_what_is_missing_is_said(copied, tmp_path):
     given = receipt.read(copied / receipt.NAME)
     for steps in ("0-2", "3-9", "4-3", "x"):
         with pytest.raises(ConfigError, match=r"STEPS: expected .*1 to 6"):
-            replay.parse_steps(steps, given)
+            repeat.parse_steps(steps, given)
     with pytest.raises(UserError, match="make receipt"):
         verify(tmp_path)
     (copied / "history.jsonl").unlink()

@@ -48,7 +48,7 @@ def verify_receipt_options(parser: cli.Parser) -> None:
 def verify_receipt(args: Namespace) -> None:
     """Prints what holds of a receipt; trains some steps again. Raises VerificationError."""
     from sft.verify import receipt
-    from sft.verify.replay import parse_steps, replay
+    from sft.verify.repeat import parse_steps, repeat
 
     file, console = args.receipt or args.run / receipt.NAME, make_console()
     given = receipt.read(file)
@@ -63,7 +63,7 @@ def verify_receipt(args: Namespace) -> None:
         if window and all(each.holds is not False for each in findings):
             repeated = Path(folder, "repeated")
             repeated.mkdir()
-            findings += replay(
+            findings += repeat(
                 given, config, args.run, window, args.num_processes, repeated, console
             )
     verdicts = {

@@ -4,7 +4,7 @@ A receipt has the configuration, digests of data, template, tokenizer, base and 
 step a checksum of its examples, the bits of its loss and of its gradient's norm. Each step's link
 is the digest of the link before and of these values, so that no step can be exchanged alone. The
 digest of the whole file is its last value. That finds damage; a signature (`sign`) also finds a
-forger, who could compute the digest anew. `replay` repeats steps.
+forger, who could compute the digest anew. `repeat` trains steps again.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def find_start(receipt: Receipt, run: Path, first: int) -> Path | None:
     return None
 
 
-def replay(
+def repeat(
     receipt: Receipt,
     config: RunConfig,
     run: Path,
