@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -114,6 +115,7 @@ def test_a_run_is_uploaded_with_its_card_and_without_paths(run, hub, monkeypatch
     check = {"ok": True, "what": "ends of 3 answers", "measured": "the same", "limit": "the same"}
     report["checks"] = {"stop": check, "kl": "the server reveals no log probabilities"}
     (run / served.REPORT).write_text(json.dumps({"run": report}))
+    shutil.copy(ROOT / "benchmarks/results/nano/verdict.json", run)
     url = push.push(run, "user/model", "apache-2.0", quiet)
     assert url == f"{hub.url}/user/model/commit/1"
     assert (hub.repositories[0]["name"], hub.tokens) == ("model", {f"Bearer {TOKEN}"})
@@ -132,6 +134,8 @@ def test_a_run_is_uploaded_with_its_card_and_without_paths(run, hub, monkeypatch
         "| data, sha256 | 728dc3 |",
         "| exact match | 0.95 [0.91, 0.97] |",
         "| run | sft | what was trained | ends of 3 answers: the same |",
+        "| exact_match | 0 | 0.935 | 0.935 [0.891, 0.962] | better |",
+        "| drift, all: KL 2.67 [2.42, 2.98], agreement 0.711 [0.683, 0.737] | | | | no limit |",
     ):
         assert part in card
     texts = [data for name, data in hub.files.items() if name.endswith((".json", ".md"))]

@@ -1,7 +1,8 @@
 """Uploads a run's final checkpoint or a merged folder to a hub, with a card of what is proven.
 
-The card is that of the folder, with the licence, the scores of the run, and for each artefact what
-`make serve-test` said. An artefact that serves something else than was trained is not uploaded.
+The card is that of the folder, with the licence, the scores of the run, what `make verdict` found,
+and for each artefact what `make serve-test` said. An artefact that serves something else than was
+trained is not uploaded.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,49 @@ def make_card(folder: Path, source: Path, run: Path, licence: str, base: str) ->
         scores = re.search(r"## Scores\n.*?(?=\n## |\Z)", own, re.DOTALL)
         body = body.replace("## Use\n", f"{scores[0] if scores else ''}\n## Use\n", 1)
     served = "\n".join(_served_rows(folder, source))
-    body = body.replace("## Use\n", f"{SERVED.format(rows=served)}\n## Use\n", 1)
+    added = f"{_verdict(run)}{SERVED.format(rows=served)}"
+    body = body.replace("## Use\n", f"{added}\n## Use\n", 1)
     text = f"---\n{front}---\n{body}"
     if Path(base).exists():
         text = text.replace(absolute_name(base), Path(base).name)
     return redact(re.sub(r"(?m)^# .*$", f"# {folder.resolve().name}", text, count=1))
+
+
+VERDICT = """## Verdict
+
+Against the base, with 95 % intervals (`make verdict`). KL and agreement: of the next tokens, on
+general prompts that have nothing to do with the task.
+
+| | base | tuned | difference | verdict |
+|---|---|---|---|---|
+{rows}
+
+"""
+
+
+def _verdict(run: Path) -> str:
+    """Returns what `make verdict` found; nothing if it was not asked."""
+    found = read_json(run / "verdict.json")
+    try:
+        lines = [
+            f"| {row['name']} | {row['base']:.4g} | {row['tuned']:.4g} | "
+            f"{_interval(row['difference'], row['interval'])} | {row['verdict']} |"
+            for row in (*found["learnt"], *found["lost"]["texts"])
+        ]
+        lines += [
+            f"| drift, {row['name']}: "
+            f"KL {_interval(row['divergence'], row['divergence_interval'])}, "
+            f"agreement {_interval(row['agreement'], row['agreement_interval'])} "
+            f"| | | | {row['verdict']} |"
+            for row in found["lost"]["drift"]
+        ]
+    except (KeyError, TypeError, ValueError):
+        return ""
+    return VERDICT.format(rows=visible("\n".join(lines)))
+
+
+def _interval(value: float, bounds: Sequence[float]) -> str:
+    return f"{value:.3g} [{bounds[0]:.3g}, {bounds[1]:.3g}]"
 
 
 SERVED = """## Served
