@@ -303,7 +303,7 @@ def test_a_resumed_run_measures_the_base_again_on_other_held_out_rows(tmp_path):
             measured.append(rows)
             return Results({"loss": 1.0}, {"metrics": {"loss": 1.0}})
 
-        task: Any = SimpleNamespace(held_out_sha256=rows, log=log, _measure=measure)
+        task: Any = SimpleNamespace(_held_out_rows_sha256=rows, log=log, _measure=measure)
         task.config = SimpleNamespace(evaluation=Evaluation())
         assert FineTune.measure_base(task, engine, "fp32", True).metrics == {"loss": 1.0}
     assert measured == ["a", "b"]

@@ -311,7 +311,9 @@ EXPECTED = {
     "models/export.py": {"unlink": 1},  # README.md of PEFT in a staging
     "tasks/crowd/task.py": {"unlink": 1},  # the same
     "evaluate/predictions.py": {"ftruncate": 1},  # half a line
-    "tasks/distill/histories.py": {"unlink": 1, "replace": 1},  # .goal_*.parquet
+    "evaluate/drift.py": {"unlink": 1, "replace": 1},  # the base's answers: a part to its name
+    "tasks/distill/histories.py": {"unlink": 2, "replace": 1},  # .goal_*; the state of a group
+    "tasks/distill/source.py": {"replace": 1},  # the state of a group: a part to its name
     "serve/merge.py": {"rmdir": 1, "rename": 1, "replace": 1},  # an empty output; what is staged
     "plan/records.py": {"unlink": 1},  # <24 hexadecimal digits>.json
     "data/remote.py": {"unlink": 4, "rmtree": 1, "replace": 1},  # digests as names, in remote/

@@ -76,10 +76,13 @@ def unknown_id(
     """Returns the problem of the first of `ids` for which a model has no embedding.
 
     On a CPU such an id is an IndexError, and on a GPU a failed assertion that ends the process.
-    `model`: anything with a transformers configuration as its `config`. With a `tokenizer` the
-    message names the token. `new_tokens`: those that `add_rows` has still to add to the model.
+    `model`: anything with a transformers configuration as its `config`; None is returned for one
+    without a size of its vocabulary. With a `tokenizer` the message names the token.
+    `new_tokens`: those that `add_rows` has still to add to the model.
     """
-    number = model.config.get_text_config().vocab_size
+    number = _num_embeddings(model)
+    if number is None:
+        return None
     if new_tokens:
         number = max(number, *(i + 1 for i in tokenizer.convert_tokens_to_ids([*new_tokens])))
     found = next((int(i) for i in ids if i >= number), None)
@@ -92,6 +95,16 @@ def unknown_id(
         "token of your own belongs into model.new_tokens, which adds its embedding, and not into "
         "the tokenizer"
     )
+
+
+def _num_embeddings(model: Any) -> int | None:
+    first, _ = embedding_layers(model)
+    weight = getattr(first, "weight", None)
+    if weight is not None:
+        return len(weight)
+    return getattr(
+        model.config.get_text_config(), "vocab_size", None
+    )  # code of its own may lack it
 
 
 def fit_vocabulary(model: Any, number: int) -> None:
