@@ -53,7 +53,9 @@ gguf = $(if $(value GGUF)$(value LLAMA_CPP),--gguf "$${GGUF:-$$LLAMA_CPP}") $(ca
 
 .PHONY: help setup setup-accelerate import gpu-info memory-check plan check process audit show-data \
 	train train-crowd train-distributed train-fsdp train-deepspeed train-distributed-tb train-fsdp-tb train-deepspeed-tb tensorboard \
-	tb-stop verify-resume verify-invariance collect-darkroom train-darkroom evaluate eval-quick eval-test compare verdict classify infer infer-batch merge merge-test serve serve-test push receipt verify-receipt nano test test-all test-fast test-gpu lint format docs clean
+	tb-stop verify-resume verify-invariance collect-darkroom train-darkroom evaluate eval-quick eval-test compare \
+	verdict classify infer infer-batch merge merge-test serve serve-test push receipt verify-receipt nano test \
+	test-all test-fast test-gpu lint format docs clean
 
 ##@ Start
 help: ## This list

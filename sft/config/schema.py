@@ -32,7 +32,7 @@ from sft.config.section import (
     Texts,
 )
 
-MetricName = Literal[
+AnswerMetric = Literal[
     "exact_match",
     "normalised_match",
     "numeric_match",
@@ -42,22 +42,14 @@ MetricName = Literal[
     "bleu",
     "chrf",
     "sari",
-    "classification",
 ]
+MetricName = Literal[AnswerMetric, "classification"]
 
 HeldOutMetric = Literal[
     "loss",
     "perplexity",
     "token_accuracy",
-    "exact_match",
-    "normalised_match",
-    "numeric_match",
-    "json_valid",
-    "json_fields",
-    "rouge_l",
-    "bleu",
-    "chrf",
-    "sari",
+    AnswerMetric,
     "accuracy",
     "macro_precision",
     "macro_recall",
