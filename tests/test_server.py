@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -15,11 +16,14 @@ import httpx2
 import pytest
 from conftest import ROOT
 from test_export import finished
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
+from sft.data import template
 from sft.errors import UserError, VerificationError
 from sft.evaluate.generate import Decoder
 from sft.runtime.log import Log
-from sft.serve import served, vllm
+from sft.serve import merge, served, vllm
 from sft.serve.connector import AccelerateConnector
 from sft.serve.server import ChatServer
 
@@ -83,6 +87,83 @@ def test_log_probabilities_are_those_of_the_model(server):
         assert each["logprob"] == each["top_logprobs"][0]["logprob"] < 0
 
 
+def complete(server: ChatServer, **body: Any) -> Any:
+    response = post(server, {"max_tokens": 12, **body}, "/v1/completions")
+    return response if body.get("stream") else response.json()
+
+
+def test_a_completion_goes_on_from_token_ids_or_from_text(server):
+    """The ids of a rendered conversation give its answer; a text is not rendered."""
+    chat = post(server, {**ASKED, "return_token_ids": True, "logprobs": True, "top_logprobs": 2})
+    expected, ids = chat.json()["choices"][0], chat.json()["prompt_token_ids"]
+    options = {"return_token_ids": True, "logprobs": 2}
+    found = complete(server, prompt=ids, **options)
+    [choice] = found["choices"]
+    assert choice["text"] == expected["message"]["content"]
+    assert choice["finish_reason"] == expected["finish_reason"]
+    assert (choice["token_ids"], choice["prompt_token_ids"]) == (expected["token_ids"], ids)
+    assert found["usage"] == chat.json()["usage"]
+    content = expected["logprobs"]["content"]
+    assert choice["logprobs"]["tokens"] == [each["token"] for each in content]
+    assert choice["logprobs"]["token_logprobs"] == [each["logprob"] for each in content]
+    assert [len(each) for each in choice["logprobs"]["top_logprobs"]] == [2] * len(content)
+    named = complete(server, prompt=ids, logprobs=0, return_tokens_as_token_ids=True)
+    logprobs = named["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == [f"token_id:{number}" for number in choice["token_ids"]]
+    assert logprobs["top_logprobs"] is None
+
+    text = "remind me to sew"
+    plain = post(server, {"prompt": text}, "/tokenize").json()["tokens"]
+    found = complete(server, prompt=text, **options)["choices"][0]
+    assert found["prompt_token_ids"] == plain == server.connector.tokenizer(text).input_ids
+    sampled = {"temperature": 1.0, "top_k": 50, "seed": 3, "prompt": text}
+    assert complete(server, **sampled)["choices"] == complete(server, **sampled)["choices"]
+    assert complete(server, **sampled)["choices"][0]["text"] != found["text"]
+
+    lines = complete(server, prompt=text, stream=True).text.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    events = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+    assert "".join(event["choices"][0]["text"] for event in events) == found["text"]
+    assert events[-1]["choices"][0]["finish_reason"] == found["finish_reason"]
+
+
+def test_a_text_to_continue_begins_as_a_document_of_training_does(server, shared):
+    """With the BOS that the tokenizer adds, and without the eos that it may add."""
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models/stories260K")
+    ids = template.text_ids(tokenizer, "Once")
+    assert ids[0] == tokenizer.bos_token_id
+    document = template._render_document(tokenizer, "Once").ids
+    assert document == [*ids, tokenizer.eos_token_id]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    assert tokenizer("Once").input_ids == document
+    assert template.text_ids(tokenizer, "Once") == ids
+    assert template.text_ids(tokenizer, "Once</s>")[-1] == tokenizer.eos_token_id  # typed
+
+
+REFUSED_COMPLETIONS = [
+    ({}, 400, "prompt: expected one text or one list of ids, found nothing"),
+    ({"prompt": ["a", "b"]}, 400, 'found ["a", "b"]'),
+    ({"prompt": [1, -1]}, 400, "one list of ids, found [1, -1]"),
+    ({"prompt": [1, True]}, 400, "one list of ids"),
+    ({"prompt": []}, 400, "cannot answer: the prompt is empty"),
+    ({"prompt": [9_999_999]}, 400, "expected token ids below"),
+    ({"prompt": [5] * 9000}, 400, "shorten the prompt"),
+    ({"prompt": "a", "echo": True}, 400, "echo: this server leaves it out"),
+    ({"prompt": "a", "logprobs": True}, 400, "logprobs: expected 0 to 20, found True"),
+    ({"prompt": "a", "logprobs": 0, "stream": True}, 400, "without stream"),
+    ({"prompt": "a", "max_completion_tokens": 3}, 400, "does not read this key"),
+    ({"prompt": "a", "messages": []}, 400, "does not read this key"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "message"), REFUSED_COMPLETIONS)
+def test_a_bad_completion_is_refused_in_a_sentence(server, body, status, message):
+    response = post(server, body, "/v1/completions")
+    assert (response.status_code, message in response.json()["error"]["message"]) == (status, True)
+
+
 REFUSED = [
     ({}, 400, "messages: expected a list, found nothing"),
     ({"messages": []}, 400, "cannot answer"),
@@ -92,6 +173,7 @@ REFUSED = [
     ({**ASKED, "stop": ["a"]}, 400, "stop: "),
     ({**ASKED, "stream": 1}, 400, "stream: expected true or false"),
     ({**ASKED, "stream": True, "logprobs": True}, 400, "without stream"),
+    ({**ASKED, "logprobs": 3}, 400, "logprobs: expected true or false"),
     ({**ASKED, "top_logprobs": 3}, 400, "only read with logprobs"),
     ({**ASKED, "logprobs": True, "top_logprobs": 99}, 400, "expected 0 to 20"),
     ({**ASKED, "model": "gpt"}, 404, "expected model, found 'gpt'"),
@@ -106,7 +188,9 @@ def test_a_bad_request_is_refused_in_a_sentence(server, body, status, message):
 
 
 def test_other_addresses_and_bodies_are_refused(server):
-    assert post(server, ASKED, "/v1/completions").status_code == 404
+    assert post(server, ASKED, "/v1/embeddings").status_code == 404
+    both = post(server, {"messages": ASKED["messages"], "prompt": "a"}, "/tokenize")
+    assert both.status_code == 400
     assert post(server, ASKED, headers={"Host": "attacker.example"}).status_code == 403
     url = server.url + "/v1/chat/completions"
     assert httpx2.post(url, content=b"{nonsense").status_code == 400
@@ -131,24 +215,46 @@ def test_a_model_that_fails_or_a_client_that_leaves_does_not_end_it(server, monk
     assert post(server, ASKED).status_code == 200
 
 
+ARTEFACTS = ("full", "lora", "qlora", "lora merge")
+
+
 @pytest.mark.slow
-def test_it_serves_what_was_trained(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ARTEFACTS)
+def test_it_serves_what_was_trained(tmp_path, monkeypatch, kind):
     """And a server that does not know the end of a turn is found."""
-    (tmp_path / "run/evaluation").mkdir(parents=True)
+    run = tmp_path / "run"
+    (run / "evaluation").mkdir(parents=True)
     row = {"index": 0, "key": "0", "prompt": "book a table for two", "reference": "{}"}
-    (tmp_path / "run/evaluation/predictions.jsonl").write_text(json.dumps(row))
-    run = finished(tmp_path / "run", "lora", std=0.02)
+    (run / "evaluation/predictions.jsonl").write_text(json.dumps(row))
+    finished(run, kind.split()[0], std=0.02)
+    merged = tmp_path / "merged" if kind.endswith("merge") else None
+    if merged:
+        merge.merge(run, merged, "fp32", print)
     monkeypatch.setattr(served, "NUM_TOKENS", 24)
-    with serving(run) as server:
-        report = served.serve_test(server.url, print, run)
+    with serving(merged or run) as server:
+        report = served.serve_test(server.url, print, None if merged else run, merged)
         assert report["verdict"] == "the same"
         proven = {name for name, check in report["checks"].items() if not isinstance(check, str)}
         assert {"prompt", "tokens", "kl"} <= proven
         assert report["checks"]["kl"]["measured"] < 1e-9
+        if kind != "lora":
+            return
         model = server.connector.load_model_once()
         monkeypatch.setattr(server.connector, "_model", replace(model, stop=[]))
         with pytest.raises(VerificationError, match=r"stop: .* does not end at"):
             served.serve_test(server.url, print, run)
+
+
+def test_the_table_of_what_is_proven_names_tests_that_exist():
+    text = (ROOT / "docs/SERVE.md").read_text()
+    named = re.findall(r"`(test_\w+)\.py::(test_\w+)(?:\[(.+?)\])?`", text)
+    assert len(named) >= 6
+    for file, name, case in named:
+        source = (ROOT / f"tests/{file}.py").read_text()
+        assert f"def {name}(" in source, name
+        assert f'"{case}"' in source, case
+    proven = {case for _, name, case in named if name == "test_it_serves_what_was_trained"}
+    assert proven == {*ARTEFACTS}
 
 
 def test_vllm_gets_what_was_trained_or_is_refused(tmp_path, monkeypatch):

@@ -470,6 +470,16 @@ def prompt_ids(
     return tokenise(tokenizer, render_text(tokenizer, messages, tools, True, variables)).ids
 
 
+def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Returns the tokens of raw text that a model is to continue, as a document begins in training:
+    behind the BOS that the tokenizer adds, and without an eos that it would add."""
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    if ids[-1:] == [tokenizer.eos_token_id]:
+        typed = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids if typed[-1:] == ids[-1:] else ids[:-1]
+    return ids
+
+
 def _render_document(tokenizer: Tokenizer, text: str) -> Example:
     """Tokenises a document and adds an eos; all tokens are supervised."""
     ids = tokenizer(text, verbose=False)["input_ids"]

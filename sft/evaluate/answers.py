@@ -123,6 +123,10 @@ class AnswerModel(Decoder):
             )
         except DataError as error:
             return str(error)
+        return self.find_problem(ids) or ids
+
+    def find_problem(self, ids: list[int]) -> str | None:
+        """Returns why a prompt of these tokens cannot be answered; None if it can."""
         if problem := vocabulary.unknown_id(ids, self.model, self.tokenizer):
             return problem
         context = context_length(self.model)
@@ -131,7 +135,7 @@ class AnswerModel(Decoder):
                 f"the prompt has {len(ids):,} tokens, the model takes {context:,} including "
                 "the answer: shorten the prompt"
             )
-        return ids or "the prompt is empty"
+        return None if ids else "the prompt is empty"
 
     def to_record(
         self, question: Question, prompt: list[int] | str, answer: Answer | None = None

@@ -212,14 +212,27 @@ class AccelerateConnector:
 
         `row` has `messages` and perhaps `tools`, as a row of data has.
         """
-        model, question = self.model_with(settings), _make_question(row, 0)
+        self.model_with(settings)  # checks them
         prompt = self.render(row)
+        return prompt, *self.continue_ids(prompt, on_text, **settings)
+
+    def continue_ids(
+        self,
+        prompt: list[int],
+        on_text: Callable[[str], None] | None = None,
+        **settings: Any,
+    ) -> tuple[Answer, Completion]:
+        """Returns what follows the token ids of a prompt, and the same as text; see `complete`."""
+        model = self.model_with(settings)
+        if problem := model.find_problem(prompt):
+            raise UserError(f"cannot answer: {problem}")
         stream = _TextStream(model, on_text) if on_text else None
         with generate.eval_mode(model.model):
             [answer] = model.decode([prompt], on_tokens=stream.add if stream else None)
         if stream:
             stream.flush()
-        return prompt, answer, Completion.from_record(model.to_record(question, prompt, answer))
+        record = model.to_record(Question([], None, {}), prompt, answer)
+        return answer, Completion.from_record(record)
 
     def render(self, row: dict[str, Any]) -> list[int]:
         """Returns the token ids of a prompt. Raises UserError with the reason if it has none."""

@@ -1,7 +1,8 @@
-"""A small server of OpenAI's chat protocol over the connector, for trying a model.
+"""A small server of OpenAI's chat and completions protocols over the connector, for trying a model.
 
-It answers one request at a time and is bound to loopback. Prompts are rendered as in training, and
-answers reveal the token ids of prompt and answer, so `make serve-test` can prove all of them.
+It answers one request at a time and is bound to loopback. Conversations are rendered as in
+training, and answers reveal the token ids of prompt and answer, so `make serve-test` can prove all
+of them. A completion goes on from a text, or from token ids, which nothing renders.
 A request that cannot be answered gets a sentence; a key that is not understood is never ignored.
 """
 
@@ -10,11 +11,13 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from sft.data import template
 from sft.errors import UserError, redact, suggest
 from sft.evaluate import generate
 from sft.evaluate.generate import Answer
@@ -39,8 +42,35 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": (None, "auto"),
     "return_tokens_as_token_ids": (None, False, True),  # every token has its id
 }
-OWN = ("model", "messages", "tools", "stream", "stream_options", "logprobs", "top_logprobs")
-READ = (*SETTINGS, *NEUTRAL, *OWN, "return_token_ids", "user")
+OF_BOTH = ("model", "stream", "stream_options", "logprobs", "return_token_ids", "user")
+OF_CHAT = (*SETTINGS, *NEUTRAL, *OF_BOTH, "messages", "tools", "top_logprobs")
+# The same for a completion, which has no other name of max_tokens, no format and no tools.
+NEUTRAL_TEXT: dict[str, tuple[Any, ...]] = {
+    **{name: NEUTRAL[name] for name in ("n", "stop", "presence_penalty", "frequency_penalty")},
+    "return_tokens_as_token_ids": NEUTRAL["return_tokens_as_token_ids"],
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "suffix": (None,),
+    "logit_bias": (None, {}),
+}
+OF_TEXT = (*({*SETTINGS} - {"max_completion_tokens"}), *NEUTRAL_TEXT, *OF_BOTH, "prompt")
+
+OnText = Callable[[str], None] | None
+
+
+class Token(NamedTuple):
+    """A token with its log probability."""
+
+    id: int
+    text: str
+    logprob: float
+
+
+class Scored(NamedTuple):
+    """A token of an answer, and the likeliest ones in its place."""
+
+    token: Token
+    top: list[Token]
 
 
 class RequestError(UserError):
@@ -92,7 +122,13 @@ class _Handler(BaseHTTPRequestHandler):
         self._respond({"/health": self._health, "/v1/models": self._models})
 
     def do_POST(self) -> None:
-        self._respond({"/v1/chat/completions": self._chat, "/tokenize": self._tokenize})
+        self._respond(
+            {
+                "/v1/chat/completions": self._chat,
+                "/v1/completions": self._complete,
+                "/tokenize": self._tokenize,
+            }
+        )
 
     def _respond(self, routes: dict[str, Any]) -> None:
         """Answers a request, or reports in one sentence why not."""
@@ -135,60 +171,129 @@ class _Handler(BaseHTTPRequestHandler):
         self._write_json({"object": "list", "data": [model]})
 
     def _tokenize(self) -> None:
-        """Writes the token ids of a prompt: `messages` (and `tools`), as the chat renders them."""
-        body = self._read_body(("model", "messages", "tools", "add_generation_prompt"))
+        """Writes the token ids of a prompt: `messages` (and `tools`), as the chat renders them, or
+        `prompt`, a text as a completion goes on from."""
+        body = self._read_body(("model", "messages", "tools", "add_generation_prompt", "prompt"))
         if body.get("add_generation_prompt", True) is not True:
             raise RequestError(400, "add_generation_prompt: expected true")
-        ids = self.server.connector.render(_row(body))
+        if "prompt" in body and "messages" in body:
+            raise RequestError(400, "expected messages or prompt, found both")
+        is_text = "prompt" in body
+        ids = self._prompt_ids(body) if is_text else self.server.connector.render(_row(body))
         self._write_json({"count": len(ids), "tokens": ids})
 
     def _chat(self) -> None:
-        body = self._read_body(READ)
-        settings = {**self.server.defaults, **_settings(body)}
-        row, num_top = _row(body), _num_top(body)
-        identity = {"id": f"chatcmpl-{time.time_ns():x}", "created": int(time.time())}
+        body = self._read_body(OF_CHAT)
+        settings = {**self.server.defaults, **_settings(body, NEUTRAL)}
+        if not isinstance(body.get("logprobs", False), bool | None):
+            raise RequestError(400, f"logprobs: expected true or false, found {body['logprobs']!r}")
+        num_top = _num_top(body, "top_logprobs") or 0
+        if num_top and not body.get("logprobs"):
+            raise RequestError(400, "top_logprobs: is only read with logprobs=true")
+        row = _row(body)
+
+        def answer(send: OnText) -> tuple[list[int], Answer, Completion]:
+            return self.server.connector.ask(row, send, **settings)
+
+        def choice(done: Completion, found: list[Scored] | None) -> dict[str, Any]:
+            logprobs = None if found is None else {"content": list(map(_chat_entry, found))}
+            message = {"role": "assistant", "content": done.choices[0].message.content}
+            return {"message": message, "logprobs": logprobs}
+
+        def part(text: str | None) -> dict[str, Any]:
+            delta = {} if self.is_streaming else {"role": "assistant"}
+            return {"delta": delta if text is None else {**delta, "content": text}}
+
+        kinds = "chatcmpl", "chat.completion", "chat.completion.chunk"
+        self._write_answer(
+            body, kinds, answer, choice, part, num_top if body.get("logprobs") else None
+        )
+
+    def _complete(self) -> None:
+        """Goes on from `prompt`: a text, or the token ids of one."""
+        body = self._read_body(OF_TEXT)
+        settings = {**self.server.defaults, **_settings(body, NEUTRAL_TEXT)}
+        prompt, num_top = self._prompt_ids(body), _num_top(body, "logprobs")
+
+        def answer(send: OnText) -> tuple[list[int], Answer, Completion]:
+            return prompt, *self.server.connector.continue_ids(prompt, send, **settings)
+
+        def choice(done: Completion, found: list[Scored] | None) -> dict[str, Any]:
+            by_id = bool(body.get("return_tokens_as_token_ids"))
+            logprobs = None if found is None else _text_logprobs(found, by_id)
+            return {"text": done.choices[0].message.content, "logprobs": logprobs}
+
+        kinds = "cmpl", "text_completion", "text_completion"
+        self._write_answer(body, kinds, answer, choice, lambda text: {"text": text or ""}, num_top)
+
+    def _prompt_ids(self, body: dict[str, Any]) -> list[int]:
+        """Returns the token ids of `prompt`."""
+        prompt = body.get("prompt")
+        if isinstance(prompt, str):
+            return template.text_ids(self.server.connector.tokenizer, prompt)
+        is_ids = isinstance(prompt, list) and all(type(i) is int and i >= 0 for i in prompt)
+        if not is_ids:
+            found = json.dumps(prompt)[:80] if "prompt" in body else "nothing"
+            raise RequestError(400, f"prompt: expected one text or one list of ids, found {found}")
+        return list(prompt or [])
+
+    def _write_answer(
+        self,
+        body: dict[str, Any],
+        kinds: tuple[str, str, str],
+        answer: Callable[[OnText], tuple[list[int], Answer, Completion]],
+        choice: Callable[[Completion, list[Scored] | None], dict[str, Any]],
+        part: Callable[[str | None], dict[str, Any]],
+        num_top: int | None,
+    ) -> None:
+        """Writes what `answer` returns, in parts if the request wants a stream.
+
+        `kinds`: beginning of the id, object, object of a part. `choice` and `part` return what a
+        choice has besides index and reason. `num_top`: likely tokens to list; None: no log
+        probabilities.
+        """
+        start, whole_kind, part_kind = kinds
+        identity = {"id": f"{start}-{time.time_ns():x}", "created": int(time.time())}
         identity["model"] = self.server.name
-        send = None
-        if body.get("stream"):
-            send = lambda text: self._write_part(identity, {"content": text})  # noqa: E731
+
+        def write_part(text: str | None, reason: str | None = None) -> None:
+            shown = {"index": 0, **part(text), "finish_reason": reason}
+            self._write_event({**identity, "object": part_kind, "choices": [shown]})
+
         with self.server.lock:
-            prompt, answer, done = self.server.connector.ask(row, send, **settings)
-            logprobs = self._logprobs(prompt, answer, num_top) if num_top is not None else None
-        if send:
-            self._write_part(identity, {}, done.finish_reason)
+            prompt, written, done = answer(write_part if body.get("stream") else None)
+            found = None if num_top is None else self._score(prompt, written, num_top)
+        if body.get("stream"):
+            write_part(None, done.finish_reason)
             if (body.get("stream_options") or {}).get("include_usage"):
                 self._write_event({**identity, "choices": [], "usage": _usage(done)})
             self._write_event(None)
             return
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": done.choices[0].message.content},
-            "finish_reason": done.finish_reason,
-            "logprobs": logprobs,
-        }
-        ids: dict[str, Any] = {}
+        shown = {"index": 0, **choice(done, found), "finish_reason": done.finish_reason}
+        whole = {**identity, "object": whole_kind, "choices": [shown], "usage": _usage(done)}
         if body.get("return_token_ids"):
-            choice["token_ids"], ids["prompt_token_ids"] = answer.ids, prompt
-        whole = {**identity, "object": "chat.completion", "choices": [choice], **ids}
-        self._write_json({**whole, "usage": _usage(done)})
+            shown["token_ids"] = written.ids
+            at = shown if part_kind == whole_kind else whole  # where vLLM puts them
+            at["prompt_token_ids"] = prompt
+        self._write_json(whole)
 
-    def _logprobs(self, prompt: list[int], answer: Answer, num_top: int) -> dict[str, Any]:
-        """Returns the log probabilities of an answer's tokens, in the protocol's form."""
+    def _score(self, prompt: list[int], answer: Answer, num_top: int) -> list[Scored]:
+        """Returns an answer's tokens with their log probabilities."""
         model = self.server.connector.load_model_once()
         with generate.eval_mode(model.model):
             logs = generate.log_probs(model.model, prompt, answer.ids)
 
-        def entry(row: int, token: int) -> dict[str, Any]:
-            text = str(model.tokenizer.decode([token]))
-            found = {"id": token, "token": text, "logprob": float(logs[row, token])}
-            return found | {"bytes": list(text.encode())}
+        def token(row: int, number: int) -> Token:
+            text = str(model.tokenizer.decode([number]))
+            return Token(number, text, float(logs[row, number]))
 
-        content = []
-        for row, token in enumerate(answer.ids):
-            likeliest = logs[row].topk(num_top).indices.tolist()
-            top = [entry(row, each) for each in likeliest]
-            content.append({**entry(row, token), "top_logprobs": top})
-        return {"content": content}
+        return [
+            Scored(
+                token(row, number),
+                [token(row, each) for each in logs[row].topk(num_top).indices.tolist()],
+            )
+            for row, number in enumerate(answer.ids)
+        ]
 
     def _read_body(self, known: tuple[str, ...]) -> dict[str, Any]:
         """Returns the JSON object of a request. Raises RequestError for keys that are not known."""
@@ -210,14 +315,6 @@ class _Handler(BaseHTTPRequestHandler):
         if body.get("model") not in (None, self.server.name):
             raise RequestError(404, f"model: expected {self.server.name}, found {body['model']!r}")
         return body
-
-    def _write_part(
-        self, identity: dict[str, Any], delta: dict[str, Any], reason: str | None = None
-    ) -> None:
-        if not self.is_streaming:
-            delta = {"role": "assistant", **delta}
-        choice = {"index": 0, "delta": delta, "finish_reason": reason}
-        self._write_event({**identity, "object": "chat.completion.chunk", "choices": [choice]})
 
     def _write_event(self, value: Any) -> None:
         """Writes one server-sent event; None is the last."""
@@ -253,31 +350,58 @@ def _row(body: dict[str, Any]) -> dict[str, Any]:
     return {"messages": body["messages"], **({"tools": tools} if tools else {})}
 
 
-def _settings(body: dict[str, Any]) -> dict[str, Any]:
+def _settings(body: dict[str, Any], neutral: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
     """Returns the settings of a request. Raises RequestError for what nobody would carry out."""
-    for name, values in NEUTRAL.items():
+    for name, values in neutral.items():
         if name in body and body[name] not in values:
             found = json.dumps(body[name])
             raise RequestError(400, f"{name}: this server leaves it out, found {found}; drop it")
     given = {SETTINGS[name]: body[name] for name in SETTINGS if body.get(name) is not None}
-    for name in ("stream", "logprobs", "return_token_ids"):
+    for name in ("stream", "return_token_ids"):
         if not isinstance(body.get(name, False), bool | None):
             raise RequestError(400, f"{name}: expected true or false, found {body[name]!r}")
     if not isinstance(body.get("stream_options", {}), dict | None):
         raise RequestError(400, "stream_options: expected an object")
-    if body.get("stream") and (body.get("logprobs") or body.get("return_token_ids")):
+    logprobs = body.get("logprobs")  # 0 asks for them, too, where it is a number
+    has_logprobs = logprobs is not None and logprobs is not False
+    if body.get("stream") and (has_logprobs or body.get("return_token_ids")):
         raise RequestError(400, "logprobs and return_token_ids come without stream only")
     return given
 
 
-def _num_top(body: dict[str, Any]) -> int | None:
-    """Returns how many likely tokens are asked for; None without log probabilities."""
-    number = body.get("top_logprobs") or 0
-    if type(number) is not int or not 0 <= number <= NUM_TOP:
-        raise RequestError(400, f"top_logprobs: expected 0 to {NUM_TOP}, found {number!r}")
-    if number and not body.get("logprobs"):
-        raise RequestError(400, "top_logprobs: is only read with logprobs=true")
-    return number if body.get("logprobs") else None
+def _num_top(body: dict[str, Any], key: str) -> int | None:
+    """Returns how many likely tokens `key` asks for; None if it is not given."""
+    number = body.get(key)
+    if number is not None and (type(number) is not int or not 0 <= number <= NUM_TOP):
+        raise RequestError(400, f"{key}: expected 0 to {NUM_TOP}, found {number!r}")
+    return number
+
+
+def _chat_entry(scored: Scored) -> dict[str, Any]:
+    """Returns a token's log probabilities in the form of the chat protocol."""
+
+    def entry(token: Token) -> dict[str, Any]:
+        found = {"id": token.id, "token": token.text, "logprob": token.logprob}
+        return found | {"bytes": list(token.text.encode())}
+
+    return {**entry(scored.token), "top_logprobs": list(map(entry, scored.top))}
+
+
+def _text_logprobs(found: list[Scored], by_id: bool) -> dict[str, Any]:
+    """Returns log probabilities in the form of the completions protocol.
+
+    It names a token by its text; with `by_id` by its id, since two tokens may have one text.
+    """
+
+    def name(token: Token) -> str:
+        return f"token_id:{token.id}" if by_id else token.text
+
+    likeliest = [{name(each): each.logprob for each in reversed(row.top)} for row in found]
+    return {
+        "tokens": [name(row.token) for row in found],
+        "token_logprobs": [row.token.logprob for row in found],
+        "top_logprobs": likeliest if any(likeliest) else None,
+    }
 
 
 def _usage(done: Completion) -> dict[str, int]:
