@@ -3,6 +3,7 @@
 #   CONFIG=file.yaml       configuration (docs/CONFIG.md)      RUN=outputs/name  a finished run
 #   ARGS="train.epochs=1"  overrides of its keys               JSON=file         where `plan`, `compare` write
 #   NUM_PROCESSES=n        on this machine (train-*, verify-*, evaluate ...; several machines: docs/LAUNCH.md)
+#   ENGINE=vllm            what answers: own (default), vllm, auto; VLLM_ARGS="--max-model-len 4096" (docs/INFER.md)
 #   AGENT=0                one agent of a crowd (docs/research/CROWD.md)
 #   COST_PER_HOUR=2.5      price of one GPU: `plan` prints what a run costs     LINK=50   GB/s that a GPU sends: network time
 #   GIB=48                 memory of a GPU without a known name   LLAMA_CPP=path where llama.cpp is (merge: docs/MERGE.md)
@@ -31,7 +32,7 @@ export NUM_PROCESSES NUM_MACHINES MACHINE_RANK MASTER_ADDR MASTER_PORT ACCELERAT
 VARIABLES := A ACCELERATE_CONFIG ADAPTER AGENT ARGS AUTO B BASE BY COMPARE CONFIG COST_PER_HOUR DEEPSPEED DTYPE ENGINE GGUF \
 	GGUF_PRE GIB GPU HOST IDS INPUT JSON KEY LICENSE LINK LLAMA_CPP LOGDIR MACHINE_RANK MASTER_ADDR MASTER_PORT MERGED METRIC MODEL \
 	NUM_MACHINES NUM_PROCESSES OUTPUT OUTPUTS PORT PROMPT PYTHON RECEIPT REPO ROW RUN SEQ SHOW SIGNERS STEPS SYSTEM TB TUNE TUNING \
-	UNIFORM URL VENV VENV_TOO
+	UNIFORM URL VENV VENV_TOO VLLM_ARGS
 $(foreach name,$(filter-out $(VARIABLES) MAKE% -%,$(.VARIABLES)),$(if $(findstring command line,$(origin $(name))),\
 	$(error $(name): no target reads it; keys of the configuration go into ARGS="section.key=value". Known: $(VARIABLES))))
 
@@ -49,6 +50,7 @@ agent = $(if $(value AGENT),"crowd.agent=$$AGENT")
 part = $(if $(value AGENT),/final_checkpoint/agent$$AGENT)
 model = --model "$${MODEL:-$${RUN:-outputs/nano}$(part)}" $(call option,adapter,ADAPTER)
 merged = $(if $(value OUTPUT)$(value AGENT),--output "$${OUTPUT:-$${RUN:-outputs/nano}/merged_agent$$AGENT}")
+engine = $(call option,engine,ENGINE) $(if $(value VLLM_ARGS),"--vllm-args=$$VLLM_ARGS")
 gguf = $(if $(value GGUF)$(value LLAMA_CPP),--gguf "$${GGUF:-$$LLAMA_CPP}") $(call option,gguf-pre,GGUF_PRE)
 
 .PHONY: help setup setup-accelerate import gpu-info memory-check plan check process audit show-data \
@@ -142,14 +144,14 @@ tb-stop: $(READY) ## Stop the TensorBoard that was started here, and no other [L
 	@$(BIN)/python -m sft $@ $(call option,logdir,LOGDIR)
 
 ##@ Use
-evaluate: $(READY) ## Measure held-out loss and score the answers of a run [RUN=folder] [AGENT=0] [NUM_PROCESSES=2]
-	@$(run) $(if $(value AGENT),--name "agent$$AGENT") $(agent) $(ARGS)
+evaluate: $(READY) ## Measure held-out loss and score the answers of a run [RUN=] [NUM_PROCESSES=2] [ENGINE=vllm]
+	@$(run) $(if $(value AGENT),--name "agent$$AGENT") $(agent) $(engine) $(ARGS)
 
 eval-quick: $(READY) ## Measure held-out loss and score the first 32 answers
-	@$(run) $(if $(value AGENT),--name "quick$$AGENT") $(agent) $(ARGS)
+	@$(run) $(if $(value AGENT),--name "quick$$AGENT") $(agent) $(engine) $(ARGS)
 
 eval-test: $(READY) ## Measure held-out loss and score all answers, or those to another file [INPUT=file]
-	@$(run) $(if $(value AGENT),--name "test$$AGENT") $(agent) $(if $(value INPUT),"data.eval_path=$$INPUT") $(ARGS)
+	@$(run) $(if $(value AGENT),--name "test$$AGENT") $(agent) $(engine) $(if $(value INPUT),"data.eval_path=$$INPUT") $(ARGS)
 
 compare: $(READY) ## Say whether B is better or worse than A, or not distinguishable [A=run] [B=run] [METRIC=bleu]
 	@$(BIN)/python -m sft $@ --a "$$A" --b "$$B" $(call option,metric,METRIC) $(call option,show,SHOW) $(call option,json,JSON)
@@ -158,14 +160,14 @@ verdict: $(READY) ## Say what a run learnt, what it lost of its base, and what i
 	@$(run) $(ARGS)
 
 classify: $(READY) ## Ask MODEL or RUN for labels and score them; TUNE=1 also fine-tunes and compares [CONFIG=file]
-	@$(sft) $(call option,model,MODEL) $(call option,run,RUN) $(call flag,tune,TUNE) $(ARGS)
+	@$(sft) $(call option,model,MODEL) $(call option,run,RUN) $(call flag,tune,TUNE) $(engine) $(ARGS)
 
 infer: $(READY) ## Talk to a run or a model [RUN= or MODEL=] [ADAPTER=] [SYSTEM=] [PROMPT="one question"]
 	@$(BIN)/python -m sft $@ $(model) $(call option,system,SYSTEM) \
 		$(if $(filter-out undefined,$(origin PROMPT)),--prompt "$$PROMPT") $(ARGS)
 
-infer-batch: $(READY) ## Answer every row of INPUT into OUTPUT (JSONL) [RUN= or MODEL=] [NUM_PROCESSES=2]
-	@$(BIN)/python -m sft $@ $(model) --input "$$INPUT" --output "$$OUTPUT" $(ARGS)
+infer-batch: $(READY) ## Answer every row of INPUT into OUTPUT (JSONL) [RUN= or MODEL=] [NUM_PROCESSES=2] [ENGINE=vllm]
+	@$(BIN)/python -m sft $@ $(model) --input "$$INPUT" --output "$$OUTPUT" $(engine) $(ARGS)
 
 merge: $(READY) ## Merge RUN into its base, and prove it [OUTPUT=] [DTYPE=bf16] [BASE=] [GGUF=llama.cpp]
 	@$(run) $(merged) $(agent) $(call option,dtype,DTYPE) $(call option,base,BASE) $(gguf) $(ARGS)
@@ -181,7 +183,7 @@ verify-receipt: $(READY) ## Check a receipt; STEPS=20-30 also trains these steps
 		$(call option,signers,SIGNERS) $(ARGS)
 
 serve: $(READY) ## Serve a run or a model with OpenAI's chat protocol [RUN= or MODEL=] [PORT=8000] [ENGINE=vllm]
-	@$(BIN)/python -m sft $@ $(model) $(call option,host,HOST) $(call option,port,PORT) $(call option,engine,ENGINE) $(ARGS)
+	@$(BIN)/python -m sft $@ $(model) $(call option,host,HOST) $(call option,port,PORT) $(engine) $(ARGS)
 
 serve-test: $(READY) ## Prove that a server gives what was trained [URL=] [RUN=, MERGED= or GGUF=file] [MODEL=its name]
 	@$(run) --url "$$URL" $(call option,merged,MERGED) $(call option,gguf,GGUF) $(call option,model,MODEL) $(ARGS)

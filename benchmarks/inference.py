@@ -3,13 +3,15 @@
     PYTHONPATH=.:tests:tests/support python benchmarks/inference.py [--parts stories 60M processes]
         [--repeats 5] [--json benchmarks/results/inference.json]
 
-All but `processes` and `bf16` run on a GPU where there is one.
+All but `processes`, `bf16` and `vllm` run on a GPU where there is one.
 
 stories    stories260K (../shared), 60M: a random Llama of 60M parameters. Seconds for all prompts,
            of one at a time (a sample of them, scaled up) and of batches in their order of arrival,
            as many rows as ours. Outputs are compared token by token.
 processes  Two processes of one thread against one process of one thread, through `infer_batch`'s
            own path: loading is not counted.
+vllm       60M by our own decoding and by vLLM (a program `vllm`), in turns: answer tokens per
+           second of CPU time, of all processes, without the start. Not among the default parts.
 bf16       In bf16 a batch rounds otherwise than one row: how many answers differ, and from where.
 """
 
@@ -24,10 +26,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from conftest import ROOT, SHARED, clean_environment
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
@@ -35,11 +39,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from sft.cli import prepare_libraries
 from sft.config.schema import Generation, Train
 from sft.evaluate import generate
+from sft.evaluate.answers import AnswerModel
 from sft.runtime.console import make_console, table
-from sft.runtime.processes import start_processes
+from sft.runtime.log import Screen
+from sft.runtime.processes import Context, start_processes
+from sft.serve.vllm_engine import AnswerEngine
 
 RESULTS = ROOT / "benchmarks/results/inference.json"
 PARTS = ("stories", "60M", "processes", "bf16")
+OTHERS = ("vllm",)
 ROWS = generate.ROWS_CPU
 Prompts = list[list[int]]
 
@@ -200,6 +208,63 @@ def compare_processes(repeats: int) -> dict[str, Any]:
     }
 
 
+# --- vLLM ----------------------------------------------------------------------------------------
+
+
+def compare_vllm(repeats: int) -> dict[str, Any]:
+    """Returns CPU seconds of both for the same prompts, and the ratio of tokens per CPU second."""
+    model, prompts, stop, new = shape_60m(128)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "nano/model")
+    accelerator, turns = start_processes(Train(output_dir="-")), []
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        settings = Generation(max_new_tokens=new)
+        own = AnswerModel(model, stop, settings, ROWS, tokenizer=tokenizer, identity="")
+        with closing(AnswerEngine("vllm", folder)) as engine:
+            context = Context(accelerator, Screen())
+            (cpu, taken), other = cpu_seconds(
+                lambda: engine.answering(own, "fp32", context, lambda: None)
+            )
+            started = {"cpu": cpu, "wall": taken}
+            for _ in range(repeats):
+                turn, answers = {}, {}
+                for name, each in (("ours", own), ("vllm", other)):
+                    (turn[name], turn[f"{name}_wall"]), answers[name] = cpu_seconds(
+                        lambda each=each: dict(
+                            pair
+                            for batch, found in each.answer_batches(prompts, accelerator)
+                            for pair in zip(batch, found, strict=True)
+                        )
+                    )
+                turns.append(turn)
+            version = engine._server.version
+    tokens = {name: sum(len(a.ids) for a in found.values()) for name, found in answers.items()}
+    return {
+        "model": "60M, fp32",
+        "vllm": version,
+        "prompts": len(prompts),
+        "answer_tokens": tokens,
+        "unlike_answers": sum(answers["ours"][i] != answers["vllm"][i] for i in answers["ours"]),
+        "start": started,
+        "seconds": turns,
+        "vllm_against_ours": statistics.median(t["ours"] / t["vllm"] for t in turns),
+    }
+
+
+def cpu_seconds(call: Callable[[], Any]) -> tuple[tuple[float, float], Any]:
+    """Returns (CPU seconds of this process and its descendants, seconds), and the result."""
+
+    def used() -> float:
+        times = [p.cpu_times() for p in [me, *me.children(recursive=True)]]
+        return sum(each.user + each.system for each in times)
+
+    me = psutil.Process()
+    before, started = used(), time.perf_counter()
+    result = call()
+    return (used() - before, time.perf_counter() - started), result
+
+
 def count_unlike_in_bf16(_: int) -> list[dict[str, Any]]:
     """Counts answers of batches that differ from those of single rows, in fp32 and bf16."""
     result = []
@@ -233,13 +298,16 @@ def show(found: dict[str, Any]) -> None:
     if row := found.get("processes"):
         ratio, unlike = row["two_against_one"], row["unlike_answers"]
         console.print(f"two processes of one thread: {ratio:.2f} times one; {unlike} unlike")
+    if row := found.get("vllm"):
+        ratio, unlike = row["vllm_against_ours"], row["unlike_answers"]
+        console.print(f"vLLM: {ratio:.2f} times our tokens per CPU second; {unlike} unlike")
     for row in found.get("bf16", []):
         console.print(f"{row['model']}: of {row['answers']} answers unlike: {row['unlike']}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=(*PARTS, *OTHERS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--worker", type=Path)
@@ -258,6 +326,7 @@ def main() -> None:
             found[part] = compare_ways("60M", shape_60m(many * 128), 4, args.repeats)
         else:
             others = {"processes": compare_processes, "bf16": count_unlike_in_bf16}
+            others["vllm"] = compare_vllm
             found[part] = others[part](args.repeats)
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     show(found)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from sft import cli
 from sft.config.load import with_values
@@ -46,13 +46,17 @@ def train(config: str | Path | RunConfig | None, overrides: Overrides = ()) -> R
 
 
 def evaluate(
-    run: str | Path, overrides: Overrides = (), name: str = "evaluate"
+    run: str | Path,
+    overrides: Overrides = (),
+    name: str = "evaluate",
+    engine: Literal["own", "vllm", "auto"] = "own",
+    vllm_args: str = "",
 ) -> dict[str, float]:
     """Measures a finished run as `sft evaluate` does, and returns its metrics; collective."""
     cli.prepare_libraries()
     from sft.run import evaluate_run
 
-    return _call(lambda: evaluate_run(Path(run), name, _words(overrides)))
+    return _call(lambda: evaluate_run(Path(run), name, _words(overrides), engine, vllm_args))
 
 
 def plan(

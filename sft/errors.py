@@ -47,6 +47,12 @@ class ModelError(UserError):
     """The model or tokenizer cannot be loaded or adapted as configured."""
 
 
+class EngineError(UserError):
+    """vLLM cannot answer, or does not answer as the opened model does."""
+
+    exit_code = ExitCode.PEER
+
+
 class ExportError(UserError):
     """A run folder or an adapter is incomplete, damaged or of another kind than expected."""
 

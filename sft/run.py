@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -50,6 +50,9 @@ from sft.train.checkpoints import identity, read_state
 from sft.train.compiled import compiled, refuse_missing_compiler
 from sft.train.engine import Engine
 from sft.train.profile import memory_bytes
+
+if TYPE_CHECKING:
+    from sft.serve.vllm_engine import Kind
 
 
 def train(config: RunConfig) -> dict[str, float]:
@@ -194,11 +197,17 @@ def _report_coverage(config: RunConfig, log: Log) -> None:
     found.refuse_contradictions()
 
 
-def evaluate_run(folder: Path, name: str, overrides: list[str]) -> dict[str, float]:
+def evaluate_run(
+    folder: Path, name: str, overrides: list[str], engine: Kind = "own", vllm_args: str = ""
+) -> dict[str, float]:
     """Evaluates a finished run into `evaluation/<name>/`. Collective.
 
     `overrides` change its configuration, such as the held-out file or the number of examples.
+    `engine`: what writes the answers (docs/INFER.md); `vllm_args`: options of `vllm serve`.
     """
+    from sft.serve.vllm_engine import AnswerEngine  # training does not need its libraries
+
+    writer = AnswerEngine(engine, str(folder), vllm_args)
     config = drop_launch_requirements(runs.load_any_run_config(folder, overrides))
     task = task_of(config)
     out = folder / "evaluation" / name
@@ -210,13 +219,17 @@ def evaluate_run(folder: Path, name: str, overrides: list[str]) -> dict[str, flo
         task.refuse_unusable(config, prepared)
         accelerator = start_processes(config.train)
         guard.join(accelerator, None)
-        with closing(Log(out if accelerator.is_main_process else None)) as log:
+        with closing(Log(out if accelerator.is_main_process else None)) as log, closing(writer):
             context = Context(accelerator, log, guard)
             machine, workload = hardware.detect(folder), task.workload(config, prepared)
             planned = calibration.make_common_plan(config, workload, machine, accelerator)
             precision = planned.precision
             opened = task.open(folder, config, prepared, precision, planned.budget, context)
             opened.check_model(precision, "auto")
+            if engine != "own":
+                opened.answer_by(
+                    lambda own: writer.answering(own, precision, context, guard.stop_if_asked)
+                )
             manifest = checkpoint.sha256(folder / "final_checkpoint" / checkpoint.MANIFEST)
             results = opened.measure_saved(opened.model, out, f"{manifest} {precision}")
             if log.folder:

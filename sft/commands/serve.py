@@ -8,7 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from sft import cli
-from sft.commands.use import add_model_options, connector_arguments
+from sft.commands.use import add_model_options, add_vllm_args, connector_arguments
 from sft.config.load import parse_generation
 from sft.errors import UserError
 from sft.runtime.console import make_console
@@ -21,6 +21,7 @@ def serve_options(parser: cli.Parser) -> None:
     parser.add_argument(
         "--engine", choices=["auto", "vllm", "own"], default="auto", help="auto: vllm if installed"
     )
+    add_vllm_args(parser)
 
 
 def serve(args: Namespace) -> None:
@@ -32,12 +33,16 @@ def serve(args: Namespace) -> None:
     if args.engine == "vllm" or (args.engine == "auto" and vllm.is_installed()):
         if args.overrides:
             raise UserError("ARGS: vLLM takes these settings from each request; leave them out")
-        words = vllm.command(args.model, args.adapter, args.host, args.port)
+        words = vllm.command(args.model, args.adapter)
+        words += ["--host", args.host, "--port", str(args.port)]
+        words += vllm.split_args(args.vllm_args, ("host", "port"))
         show(f"starting vLLM (ENGINE=own: the server of this project): {shlex.join(words)}")
         try:
             os.execvp(words[0], words)
         except OSError as error:
             raise UserError(f"ENGINE=vllm: cannot start vllm: {error.strerror}") from None
+    if args.vllm_args:
+        raise UserError("VLLM_ARGS: is only read by vLLM, and ENGINE=own or no `vllm` was found")
     from sft.serve import server
     from sft.serve.connector import AccelerateConnector
 

@@ -20,16 +20,18 @@ from sft.runtime.output import show
 def evaluate_options(parser: cli.Parser) -> None:
     parser.add_argument("--run", type=Path, default=Path("outputs/nano"), help="folder of the run")
     parser.add_argument("--name", default="evaluate", help="results go to <run>/evaluation/<name>")
+    add_engine_options(parser)
     parser.add_overrides("section")
 
 
 def evaluate(args: Namespace) -> int | None:
     """Prints held-out loss and scores, and saves them in the run folder; returns the exit code."""
+    refuse_ranks(args.engine)
     if launcher.has_ranks_to_start():
         return launcher.launch_self(args.run / "evaluation" / args.name)
     from sft import run
 
-    run.evaluate_run(args.run, args.name, args.overrides)
+    run.evaluate_run(args.run, args.name, args.overrides, args.engine, args.vllm_args)
     return None
 
 
@@ -68,6 +70,8 @@ def compare(args: Namespace) -> None:
     title = f"B against A on {found.num_examples:,} examples"
     console.print(compare.difference_table(title, found.differences, "A", "B"))
     console.print(compare.wins_table(found))
+    if note := compare.describe_engines(args.a, args.b):
+        console.print(note)
     if found.differing and args.show > 0:
         console.print(compare.examples_table(found, args.show))
     if args.json:
@@ -79,12 +83,14 @@ def classify_options(parser: cli.Parser) -> None:
     parser.add_argument("--model", help="in place of model.name")
     parser.add_argument("--run", type=Path, help="folder of the run that tuned the model")
     parser.add_argument("--tune", action="store_true", help="fine-tune, classify again, compare")
+    add_engine_options(parser)
 
 
 def classify(args: Namespace) -> int:
     """Asks a model for labels; with `--tune`, also trains it and classifies with the result."""
     args.overrides += [f"model.name={args.model}"] if args.model else []
     config = cli.configuration(args)
+    refuse_ranks(args.engine)
     from sft.serve.classify import rows
 
     rows.check_section(config, tune=args.tune)
@@ -103,13 +109,14 @@ def classify(args: Namespace) -> int:
         )
     from sft.serve.classify import strategies
 
-    strategies.classify(config, args.run)
+    engine = {"engine": args.engine, "vllm_args": args.vllm_args}
+    strategies.classify(config, args.run, engine)
     if args.tune:
         from sft import run
         from sft.verify import share
 
         run.train(share.with_share(config))
-        strategies.classify(config, Path(config.train.output_dir))
+        strategies.classify(config, Path(config.train.output_dir), engine)
     return 0
 
 
@@ -119,10 +126,11 @@ def _launch_classify(config: Config, args: Namespace) -> int:
     Returns the exit code of the first of them that fails, or 0.
     """
     options = ["--config", args.config, *args.overrides]
+    engine = ["--engine", args.engine, f"--vllm-args={args.vllm_args}"]
 
     def launch_for(run: Path | None) -> int:
         folder = run / "classify" if run else Path(config.classify.output_dir)
-        program = ["-m", "sft", args.verb, *options, *(["--run", str(run)] if run else [])]
+        program = ["-m", "sft", args.verb, *options, *(["--run", str(run)] if run else []), *engine]
         return launcher.launch(Train(output_dir=str(folder)), program)
 
     code = launch_for(args.run)
@@ -131,6 +139,26 @@ def _launch_classify(config: Config, args: Namespace) -> int:
         code = code or launcher.launch(config.train, training, trains=True)
         code = code or launch_for(Path(config.train.output_dir))
     return code
+
+
+def add_engine_options(parser: cli.Parser) -> None:
+    """Adds the options that choose what writes answers."""
+    choices, text = ["own", "vllm", "auto"], "auto: vllm, where it gives the same"
+    parser.add_argument("--engine", choices=choices, default="own", help=text)
+    add_vllm_args(parser)
+
+
+def add_vllm_args(parser: cli.Parser) -> None:
+    parser.add_argument("--vllm-args", default="", help="options of `vllm serve`, in one text")
+
+
+def refuse_ranks(engine: str) -> None:
+    """Raises UserError if vLLM is to answer and this program is to start several processes."""
+    if engine == "vllm" and launcher.has_ranks_to_start():
+        raise UserError(
+            "NUM_PROCESSES with ENGINE=vllm: vLLM has processes of its own; leave NUM_PROCESSES "
+            'out, and give VLLM_ARGS="--tensor-parallel-size 2" for two GPUs'
+        )
 
 
 def add_model_options(parser: cli.Parser) -> None:
@@ -189,6 +217,7 @@ def infer_batch_options(parser: cli.Parser) -> None:
     add_model_options(parser)
     parser.add_argument("--input", required=True, help="file, folder, glob or hub id of prompts")
     parser.add_argument("--output", required=True, type=Path, help="JSONL file to be written")
+    add_engine_options(parser)
 
 
 def infer_batch(args: Namespace) -> int:
@@ -197,6 +226,7 @@ def infer_batch(args: Namespace) -> int:
     for name, value in (("INPUT", args.input), ("OUTPUT", args.output.name)):
         if not value:
             raise UserError(f"{name}: required: INPUT=rows.jsonl OUTPUT=answers.jsonl")
+    refuse_ranks(args.engine)
     folder = args.output.with_name(f"{args.output.name}.run")  # has the status while this runs
     code = 0
     if launcher.has_ranks_to_start():
@@ -204,7 +234,8 @@ def infer_batch(args: Namespace) -> int:
     else:
         from sft.serve import chat
 
-        chat.answer_file(args.input, args.output, folder, connector_arguments(args), settings)
+        model = {**connector_arguments(args), "engine": args.engine, "vllm_args": args.vllm_args}
+        chat.answer_file(args.input, args.output, folder, model, settings)
     if code == 0 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         from sft.runtime.attempt import remove_record
 

@@ -111,6 +111,23 @@ def find_predictions(path: Path, name: str) -> Path:
     )
 
 
+def describe_engines(a: Path, b: Path) -> str | None:
+    """Returns a note if the answers of two files were written by other engines; else None."""
+    named = [sorted(_read_engines(find_predictions(*pair))) for pair in ((a, "A"), (b, "B"))]
+    if named[0] == named[1]:
+        return None
+    first, second = map(" and ".join, named)
+    return (
+        f"note: answers in A by {first}, B by {second}: with bf16 or a temperature these differ, "
+        "whatever the model has learnt"
+    )
+
+
+def _read_engines(file: Path) -> set[str]:
+    with file.open("rb") as lines:
+        return {json.loads(line).get("engine", "our own decoding") for line in lines}
+
+
 def agreed_metrics(a: Path, b: Path) -> tuple[list[str], list[str]]:
     """Returns (metrics, labels) of the configurations of both runs.
 

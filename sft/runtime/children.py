@@ -27,6 +27,16 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
+def bound_command(words: Sequence[str]) -> list[str]:
+    """Returns a command that runs `words` and is killed when this process ends for any reason.
+
+    It runs them without PYTHONPATH: they may belong to another environment.
+    """
+    bind = "from sft.runtime.children import die_with_parent as bind; bind(int(sys.argv[1]))"
+    run = 'os.environ.pop("PYTHONPATH", None); os.execvp(sys.argv[2], sys.argv[2:])'
+    return [sys.executable, "-c", f"import os, sys; {bind}; {run}", str(os.getpid()), *words]
+
+
 def prepare_worker(parent: int) -> None:
     """Makes a worker process die with its parent, which alone handles signals."""
     signal.set_wakeup_fd(-1)  # the pipe belongs to the parent

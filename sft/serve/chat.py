@@ -8,7 +8,7 @@ import sys
 import termios
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -204,10 +204,11 @@ def guarded_model(
                 raise Preempted(f"stopped; {output} has what is answered: run again to go on")
 
         connector = AccelerateConnector(**model, before_batch=stop_if_asked)
-        guard.join(connector.accelerator, None)
-        connector.load_model_once()
-        yield connector, guard
-        connector.accelerator.wait_for_everyone()
+        with closing(connector):
+            guard.join(connector.accelerator, None)
+            connector.load_model_once()
+            yield connector, guard
+            connector.accelerator.wait_for_everyone()
     end_processes(connector.accelerator)
 
 

@@ -39,6 +39,7 @@ from sft.runtime.log import Log, Screen
 from sft.runtime.processes import Context, start_processes
 from sft.runtime.tensor_file import TensorFile
 from sft.serve.runs import Opening, Quantization, open_model
+from sft.serve.vllm_engine import AnswerEngine, Kind
 
 PRECISIONS: dict[str, Any] = {
     **dict.fromkeys(("no", "fp32"), "fp32"),
@@ -103,7 +104,8 @@ class AccelerateConnector:
     `adapter`: folder of a LoRA adapter for it. `quantization`: `nf4`; None: as it was trained.
     `mixed_precision`: `bf16`, `fp16`, `no` (fp32), or `auto`, as in training. `batch_size`: prompts
     in a batch on each process. `cache_dir`: folder for downloads of a hub id. `before_batch`:
-    called before each batch.
+    called before each batch. `engine`: what answers `complete_batch`; `vllm`, or `auto`: vLLM
+    where it is installed and gives the same (docs/INFER.md). `vllm_args`: options of `vllm serve`.
     """
 
     def __init__(
@@ -114,6 +116,8 @@ class AccelerateConnector:
         mixed_precision: Literal["bf16", "fp16", "no", "fp32", "auto"] = "bf16",
         adapter: str | Path | None = None,
         quantization: Quantization = None,
+        engine: Kind = "own",
+        vllm_args: str = "",
         *,
         log: Log | None = None,
         before_batch: Callable[[], None] = lambda: None,
@@ -151,6 +155,10 @@ class AccelerateConnector:
         )
         self.log = log or (Screen() if self.is_main_process else Log(None))
         self.before_batch = before_batch
+        changed = {"adapter": adapter, "quantization": quantization, "cache_dir": cache_dir}
+        given = [name for name, value in changed.items() if value is not None]
+        unable = f"{given[0]} is only opened by our own decoding" if given else None
+        self._engine = AnswerEngine(engine, self.model_name, vllm_args, unable)
         self._model: AnswerModel | None = None
         self._last_part: DatasetPart | None = None
 
@@ -273,14 +281,20 @@ class AccelerateConnector:
         **settings: Any,
     ) -> None:
         """Adds an answer for each question that has none in `predictions` yet. Collective."""
+        context = Context(self.accelerator, self.log)
+        own = self.model_with(settings)
         answers.answer_all(
-            self.model_with(settings),
+            self._engine.answering(own, self.precision, context, self.before_batch),
             questions,
             predictions,
-            Context(self.accelerator, self.log),
+            context,
             before_batch=self.before_batch,
             total=total,
         )
+
+    def close(self) -> None:
+        """Ends vLLM, if it was started; it also ends with this process."""
+        self._engine.close()
 
     def split_dataset(self, dataset: Sequence[Any]) -> DatasetPart:
         """Returns this process's part; the parts are balanced by the length of the items as text.

@@ -195,15 +195,13 @@ class Comparison:
         body, ended = _split_end(reply, self.stop)
         logs = others = generate.log_probs(self.shipped, prompt, body)
         self._compare_tokens(f"prompt {number}", body, ended, logs)
-        self.found.kl += map(_coarse_kl, logs, reply.top or [])  # as many as there are tokens
+        self.found.kl += map(coarse_kl, logs, reply.top or [])  # as many as there are tokens
         if self.shipped is not self.trained:
             others = generate.log_probs(self.trained, prompt, body)
-            self.found.cost += _full_kl(others, logs)
+            self.found.cost += full_kl(others, logs)
         if hasattr(self.trained, "disable_adapter"):
             with self.trained.disable_adapter():
-                self.found.effect += _full_kl(
-                    others, generate.log_probs(self.trained, prompt, body)
-                )
+                self.found.effect += full_kl(others, generate.log_probs(self.trained, prompt, body))
 
     def _compare_prompt(self, where: str, expected: list[int], reply: Reply) -> None:
         found, count = self.found, reply.num_prompt
@@ -387,14 +385,14 @@ def _split_end(reply: Reply, stop: set[int]) -> tuple[list[int], bool]:
     return reply.ids, reply.finish_reason == "stop"
 
 
-def _full_kl(expected: torch.Tensor, found: torch.Tensor) -> list[float]:
+def full_kl(expected: torch.Tensor, found: torch.Tensor) -> list[float]:
     """Returns the KL divergence of `found` from `expected` for each row, in nats."""
     width = min(expected.shape[-1], found.shape[-1])  # a padded vocabulary
     new, old = found[:, :width], expected[:, :width]
     return F.kl_div(new, old, reduction="none", log_target=True).sum(-1).tolist()
 
 
-def _coarse_kl(expected: torch.Tensor, found: dict[int, float]) -> float:
+def coarse_kl(expected: torch.Tensor, found: dict[int, float]) -> float:
     """Returns the KL divergence over the tokens in `found`, with all others as one.
 
     It is a lower bound of the divergence over all tokens.

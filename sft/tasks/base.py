@@ -37,7 +37,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sft.data import batches
-from sft.errors import ConfigError, VerificationError
+from sft.errors import ConfigError, UserError, VerificationError
 from sft.evaluate import answers
 from sft.models.export import load_weights, read_weights
 from sft.models.sequences import SequenceGroup
@@ -472,6 +472,10 @@ class Task(ABC):
     def measure_saved(self, model: nn.Module, folder: Path, state: str) -> Results:
         """Returns the results of a finished run's model, with files in `folder`. Collective."""
         return self.measure(model, folder, state)
+
+    def answer_by(self, choose: Callable[[answers.AnswerModel], answers.AnswerModel]) -> None:
+        """Lets `choose` return what writes answers in place of the model's own decoding."""
+        raise UserError("ENGINE: this run writes no answers, so only ENGINE=own can measure it")
 
     def report(
         self, base: Results | None, tuned: Results, folder: Path

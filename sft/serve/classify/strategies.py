@@ -7,10 +7,11 @@ before, by the same strategy. Both comparisons are paired, on the same examples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.table import Table
@@ -77,12 +78,15 @@ def _count_failures(tally: Tally) -> int:
     return sum(row[FAILURE] for row in tally.confusion().values())
 
 
-def classify(config: Config, run: Path | None = None) -> None:
+def classify(
+    config: Config, run: Path | None = None, engine: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """Asks for the labels of one part with every strategy, and scores them. Collective.
 
     `run`: the folder of a tuned model, which is asked with `classify.tune` and compared with the
-    model before. Results go to <run>/classify or else to `classify.output_dir`, in a folder for
-    each strategy: predictions.jsonl and metrics.json.
+    model before. `engine`: arguments of AccelerateConnector that choose it. Results go to
+    <run>/classify or else to `classify.output_dir`, in a folder for each strategy:
+    predictions.jsonl and metrics.json.
     """
     settings = config.classify
     examples = rows.read_examples(settings)
@@ -92,6 +96,7 @@ def classify(config: Config, run: Path | None = None) -> None:
     names = settings.use or [*settings.strategies]
     names = [settings.tune] if run and settings.tune else names
     model = {"model_name": str(run or config.model.name), "mixed_precision": config.train.precision}
+    model |= engine
     with guarded_model(folder, model, folder) as (connector, _):
         if connector.is_main_process:
             sizes = ", ".join(f"{len(own):,} {part}" for part, own in parts.items())

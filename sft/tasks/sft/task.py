@@ -427,6 +427,13 @@ class FineTune(Passes):
         """Returns what answers, to be added to a message; an empty text for a single model."""
         return ""
 
+    _choose_answerer: Callable[[answers.AnswerModel], answers.AnswerModel] = staticmethod(
+        lambda own: own
+    )
+
+    def answer_by(self, choose: Callable[[answers.AnswerModel], answers.AnswerModel]) -> None:
+        self._choose_answerer = choose
+
     def _answer(
         self,
         model: nn.Module,
@@ -450,7 +457,7 @@ class FineTune(Passes):
         )
         with self.guard.section("generation"):
             answers.answer_all(
-                answer_model,
+                self._choose_answerer(answer_model),
                 _questions(self.prepared, number),
                 predictions,
                 self.context,
