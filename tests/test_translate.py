@@ -185,6 +185,35 @@ def test_what_it_trains_on_follows_their_defaults():
     assert supervised(FACTORY, "mask_history: true") == "last"
 
 
+@pytest.mark.parametrize(
+    ("text", "change", "ours"),
+    [
+        (AXOLOTL, "excess_length_strategy: truncate", "data.on_long=truncate"),
+        (AXOLOTL, "excess_length_strategy: raise", "data.on_long=error"),
+        (AXOLOTL, "bfloat16: true", "train.precision=bf16_pure"),
+        (FACTORY, "pure_bf16: true", "train.precision=bf16_pure"),
+        (FACTORY, "neat_packing: true", "train.layout=packed"),
+        (TRL, "warmup_steps: 0.1", "train.warmup_ratio=0.1"),
+        (TRL, "warmup_steps: 20", "train.warmup_steps=20"),
+        (TRL, "loss_type: dft", "train.loss=dft"),
+        (TRL, "activation_offloading: true", "train.activation_offload=True"),
+    ],
+)
+def test_keys_whose_meaning_depends_on_their_value(text, change, ours):
+    tree = yaml.safe_load("\n".join([text.replace("2e-4", "0.0002"), change]))
+    (section, key), value = ours.split("=")[0].split("."), ours.split("=")[1]
+    written = translate.merged(translate.translate(tree, 1)[1])
+    assert str(written[section][key]) == value
+
+
+def test_packing_that_is_not_neat_is_reported():
+    for changes, is_reported in (({}, True), ({"neat_packing": True}, False)):
+        tree = yaml.safe_load(FACTORY) | {"packing": True} | changes
+        (line,) = (e for e in translate.translate(tree, 1)[1] if e.key == "packing")
+        assert ("see each other" in line.note) == is_reported
+        assert line.ours == {"train.layout": "packed"}
+
+
 @pytest.mark.parametrize("program", translate.RULES)
 def test_every_key_that_is_known_of_a_program_has_a_rule(program):
     known = {*foreign.PROGRAMS[program]}

@@ -125,6 +125,26 @@ def _steps(key: str) -> Rule:
     return rule
 
 
+def _warmup(value: Any, _: Any) -> Found:
+    """Writes a share of the training below 1, as in transformers 5, and else a number of steps."""
+    if not value:
+        return {}, ""
+    return {"train.warmup_ratio" if value < 1 else "train.warmup_steps": value}, ""
+
+
+def _length(value: Any, tree: Mapping[str, Any]) -> Found:
+    """Writes Axolotl's limit, with what it does to longer rows."""
+    strategy = tree.get("excess_length_strategy") or "drop"
+    found = {"drop": "drop", "truncate": "truncate", "raise": "error"}.get(strategy, "error")
+    return {"data.max_seq_len": value, "data.on_long": found}, LONG.format(PAST[found])
+
+
+def _factory_packing(value: Any, tree: Mapping[str, Any]) -> Found:
+    leaks = value and not tree.get("neat_packing")
+    note = "documents of a row see each other there, and not here" if leaks else ""
+    return {"train.layout": "packed" if value else "padded"}, note
+
+
 def _datasets(value: Any, _: Any) -> Found:
     paths, notes = [], []
     for entry in value if isinstance(value, list) else [value]:
@@ -269,6 +289,7 @@ SCHEDULES = {name: name for name in ("cosine", "linear", "constant", "cosine_wit
 SCHEDULES |= {"constant_with_warmup": "constant", "inverse_sqrt": "inverse_sqrt"}
 SCHEDULES |= {"warmup_stable_decay": "wsd"}
 LONG = "longer rows are {} there; `error` is the default here"
+PAST = {"drop": "dropped", "truncate": "cut", "error": "refused"}
 ADAPTERS = {
     "lora_alpha": to("tuning.lora_alpha"),
     "lora_dropout": to("tuning.lora_dropout"),
@@ -285,7 +306,7 @@ COMMON: dict[str, Rule] = {
             *("warmup_ratio", "save_total_limit"),
         )
     },
-    "warmup_steps": lambda value, _: ({"train.warmup_steps": value} if value else {}, ""),
+    "warmup_steps": _warmup,
     "max_steps": _max_steps,
     "save_steps": _steps("train.save_steps"),
     "eval_steps": _steps("train.eval_steps"),
@@ -327,10 +348,9 @@ RULES: dict[str, dict[str, Rule]] = {
         "test_datasets": _test_datasets,
         "val_set_size": _held_out,
         "dataset_prepared_path": skip("not needed: data.cache_dir"),
-        "sequence_len": lambda value, _: (
-            {"data.max_seq_len": value, "data.on_long": "drop"},
-            LONG.format("dropped"),
-        ),
+        "sequence_len": _length,
+        "excess_length_strategy": skip("with sequence_len"),
+        "bfloat16": switch({"train.precision": "bf16_pure"}),
         "sample_packing": choice("train.layout", {True: "packed", False: "padded"}),
         "eval_sample_packing": skip("not needed: the evaluation does as training does"),
         "pad_to_sequence_len": skip("not needed"),
@@ -380,7 +400,9 @@ RULES: dict[str, dict[str, Rule]] = {
             LONG.format("cut"),
         ),
         "max_samples": to("data.max_rows"),
-        "packing": choice("train.layout", {True: "packed", False: "padded"}),
+        "packing": _factory_packing,
+        "neat_packing": switch({"train.layout": "packed"}),
+        "pure_bf16": switch({"train.precision": "bf16_pure"}),
         "train_on_prompt": choice("data.supervise", {True: "everything", False: "all"}),
         "mask_history": switch({"data.supervise": "last"}),
         "flash_attn": _attention,
@@ -410,6 +432,8 @@ RULES: dict[str, dict[str, Rule]] = {
         "packing": choice("train.layout", {True: "packed", False: "padded"}),
         "padding_free": switch({"train.layout": "packed"}),
         "assistant_only_loss": _trl_supervision,
+        "loss_type": choice("train.loss", {"dft": "dft", "nll": UNSET, "chunked_nll": UNSET}),
+        "activation_offloading": switch({"train.activation_offload": True}),
         "eos_token": _eos,
         "dataset_text_field": lambda value, _: (
             ({}, "") if value == "text" else ({"data.columns": {"text": value}}, "")
