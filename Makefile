@@ -216,10 +216,11 @@ lint: $(READY) ## Run ruff check, ruff format and mypy
 format: $(READY) ## Let ruff format and correct what it can
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-docs: $(READY) ## Write docs/CONFIG.md, FAULTS.md and MODELS.md from schema, catalogue and results
+docs: $(READY) ## Write docs/CONFIG.md, FAULTS.md, MODELS.md and recipes/ from schema, catalogue and results
 	@$(BIN)/python scripts/config_reference.py > docs/CONFIG.md
 	@PYTHONPATH=.:tests:tests/support $(BIN)/python tests/faults/catalogue.py > docs/FAULTS.md
 	@PYTHONPATH=.:tests:tests/support $(BIN)/python benchmarks/models.py --document > docs/MODELS.md
+	@PYTHONPATH=. $(BIN)/python benchmarks/recipes.py --pages
 
 clean: ## Remove caches; OUTPUTS=1 also removes outputs/, VENV_TOO=1 the environment
 	@find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -1,0 +1,230 @@
+"""Plans the models of docs/recipes on four GPUs, and writes the plans into their pages.
+
+    python benchmarks/recipes.py [--models qwen3 gpt_oss]    plans: 7 minutes each
+    python benchmarks/recipes.py --pages        writes the results into the pages
+
+Shapes are those of the models' own config.json, and their parameters are counted. Nothing is run:
+these are predictions (docs/PLAN.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sft.config.load import load_config, with_values
+from sft.config.schema import Config
+from sft.plan import gpus, report
+from sft.plan.choose import Planner
+from sft.plan.dry_run import Window
+from sft.plan.memory import predict
+from sft.plan.plan import make_plan
+from sft.runtime import hardware
+from sft.tasks.sft.task import FineTune
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results/recipes.json"
+PAGES = ROOT / "docs/recipes"
+CARDS = {16: "4080", 24: "4090", 48: "A6000", 80: "H100-80GB"}
+TOKENS = 4096  # of the rows for which a page has the plan
+LENGTHS = (2048, 4096, 16_384)  # of rows of which one is trained at a time
+TUNINGS = {  # keys of each way of tuning
+    "lora": {"tuning.mode": "lora"},
+    "qlora": {"tuning.mode": "qlora"},
+    "full, weights in bf16": {"tuning.mode": "full", "train.precision": "bf16_pure"},
+    "the same, moments in 8 bits, updated in the backward pass": {
+        "tuning.mode": "full",
+        "train.precision": "bf16_pure",
+        "train.optimizer": "paged_adamw_8bit",
+        "train.optimizer_in_backward": True,
+        "train.max_grad_norm": 0,
+    },
+}
+BEGIN, END = "<!-- of benchmarks/recipes.py -->", "<!-- end -->"
+SHORT = dict(zip(TUNINGS, ("LoRA", "QLoRA", "full (bf16)", "full (8 bits)"), strict=True))
+NAMES = {
+    "qwen3": "Qwen3-8B",
+    "gpt_oss": "gpt-oss-20b",
+}
+PLANNED = ("lora", "qlora")  # the first one that fits
+PARAMETERS = {  # as published
+    "qwen3": 8_190_735_360,
+    "gpt_oss": 20_914_757_184,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3": {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "head_dim": 128,
+        "hidden_size": 4096,
+        "intermediate_size": 12_288,
+        "max_position_embeddings": 40_960,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+        "vocab_size": 151_936,
+    },
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "architectures": ["GptOssForCausalLM"],
+        "attention_bias": True,
+        "head_dim": 64,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "layer_types": ["sliding_attention", "full_attention"] * 12,
+        "max_position_embeddings": 131_072,
+        "num_attention_heads": 64,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 8,
+        "num_local_experts": 32,
+        "sliding_window": 128,
+        "tie_word_embeddings": False,
+        "vocab_size": 201_088,
+    },
+}
+
+
+def configured(folder: Path, model: str, tokens: int, changes: dict[str, Any]) -> Config:
+    """Returns a run on rows of so many tokens."""
+    (folder / "config.json").write_text(json.dumps(SHAPES[model]))
+    given = [f"model.name={folder}", "data.train_path=none", "train.output_dir=none"]
+    return with_values(load_config(None, [*given, f"data.max_seq_len={tokens}"]), changes)
+
+
+def machine_of(card: str) -> hardware.Hardware:
+    devices = gpus.named_gpus(card)
+    return replace(hardware.detect(), devices=devices, is_here=False)
+
+
+def usable_bytes(config: Config, card: str) -> float:
+    workload = FineTune.uniform_workload(config)
+    return Planner(config, workload, machine_of(card), 1, "bf16", "padded").usable_bytes
+
+
+def longest_rows(folder: Path, model: str, changes: dict[str, Any]) -> dict[int, int]:
+    """Returns for each card the largest of LENGTHS that fits with checkpointing, or 0."""
+    found = dict.fromkeys(CARDS, 0)
+    changes = changes | {"train.gradient_checkpointing": True}
+    for tokens in LENGTHS:
+        config = configured(folder, model, tokens, changes)
+        window = Window((((tokens, tokens),),), gradients=not config.train.optimizer_in_backward)
+        reserved = predict(config, "bf16", window, on_gpu=True).reserved
+        fits = [gib for gib, card in CARDS.items() if reserved <= usable_bytes(config, card)]
+        if not fits:
+            break
+        found |= dict.fromkeys(fits, tokens)
+    return found
+
+
+SHOWN = ("verdict", "batch", "memory", "auto train.gradient_checkpointing")
+
+
+def plan_of(folder: Path, model: str, tuning: str, gib: int) -> dict[str, Any]:
+    """Returns the plan of one global batch of rows of TOKENS tokens, with lines that it prints."""
+    config = configured(folder, model, TOKENS, TUNINGS[tuning])
+    workload = FineTune.uniform_workload(config)
+    found = make_plan(config, workload, machine_of(CARDS[gib]), 1, is_question=True)
+    assert not found.missing_bytes
+    names, texts = (list(column.cells) for column in report.plan_table(found).columns)
+    lines = [" ".join(map(str, line)) for line in zip(names, texts, strict=True)]
+    return {
+        "card": CARDS[gib],
+        "tuning": tuning,
+        "base_parameters": found.num_parameters - found.num_trained,
+        "trained": found.num_trained,
+        "max_tokens": found.budget.max_tokens,
+        "reserved_bytes": found.memory.reserved,
+        "usable_bytes": found.usable_bytes,
+        "lines": [line for line in lines if line.startswith(SHOWN)],
+    }
+
+
+def measure(model: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        longest = {}
+        for tuning, changes in TUNINGS.items():
+            longest[tuning] = longest_rows(folder, model, changes)
+            print(model, tuning, longest[tuning], flush=True)
+        gib, tuning = smallest(longest)
+        return {"longest": longest, "plan": plan_of(folder, model, tuning, gib)}
+
+
+def smallest(longest: dict[str, dict[int, int]]) -> tuple[int, str]:
+    """Returns the smallest card for adapters and rows of TOKENS tokens, and the way of tuning."""
+    return next((gib, t) for gib in CARDS for t in PLANNED if longest[t][gib] >= TOKENS)
+
+
+def block(found: dict[str, Any]) -> str:
+    """Returns the part of a page that the results decide: the longest rows, and a plan."""
+    head = ["longest row, in tokens", *(f"{gib} GB" for gib in CARDS)]
+    rows = [head, ["---"] * len(head)]
+    for tuning, longest in found["longest"].items():
+        rows.append([tuning, *(f"{n:,}" if n else "-" for n in longest.values())])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    plan = found["plan"]
+    asked = f"GPU={plan['card']} TUNING={plan['tuning']} SEQ={TOKENS}"
+    code = "\n".join(line for text in plan["lines"] for line in _wrapped(text))
+    tried = ", ".join(f"{tokens:,}" for tokens in LENGTHS)
+    return (
+        f"{table}\n\nThe longest of rows of {tried} tokens that fits, one at a time, "
+        f"checkpointed; `-`: none.\n`make plan MODEL=... {asked}` prints, among others "
+        f"(predicted, not run):\n\n```\n{code}\n```"
+    )
+
+
+def _wrapped(line: str) -> list[str]:
+    return textwrap.wrap(line, 100, subsequent_indent="    ", break_on_hyphens=False) or [""]
+
+
+def summary(results: dict[str, Any]) -> str:
+    """Returns the table of the index: what fits each card, for rows of TOKENS tokens."""
+    head = ["", *(f"{gib} GB" for gib in CARDS)]
+    rows = [head, ["---"] * len(head)]
+    for model, found in results.items():
+        cells = []
+        for gib in CARDS:
+            fit = [t for t, n in found["longest"].items() if n[str(gib)] >= TOKENS]
+            cells.append(", ".join(SHORT[tuning] for tuning in fit) or "-")
+        rows.append([f"[{NAMES[model]}]({model}.md)", *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def write_pages(results: dict[str, Any]) -> None:
+    """Puts the results between the marks of each page."""
+    texts = {f"{model}.md": block(found) for model, found in results.items()}
+    for name, text in {"README.md": summary(results), **texts}.items():
+        page = PAGES / name
+        page.write_text(with_block(page.read_text("utf-8"), text), "utf-8")
+
+
+def with_block(page: str, text: str) -> str:
+    """Returns a page with a text between its marks."""
+    begin, _, rest = page.partition(BEGIN)
+    _, _, end = rest.partition(END)
+    return f"{begin}{BEGIN}\n\n{text}\n\n{END}{end}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--pages", action="store_true", help="write the results into the pages")
+    given = parser.parse_args()
+    for model in [] if given.pages else given.models:
+        found = json.loads(json.dumps(measure(model)))
+        results = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
+        ordered = {name: (results | {model: found}).get(name) for name in SHAPES}
+        RESULTS.write_text(json.dumps({k: v for k, v in ordered.items() if v}, indent=1) + "\n")
+    if given.pages:
+        write_pages(json.loads(RESULTS.read_text("utf-8")))
+
+
+if __name__ == "__main__":
+    main()
