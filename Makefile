@@ -31,7 +31,7 @@ export NUM_PROCESSES NUM_MACHINES MACHINE_RANK MASTER_ADDR MASTER_PORT ACCELERAT
 # A variable on the command line that no target reads would be ignored: CONFIGS=my.yaml would train the default.
 VARIABLES := A ACCELERATE_CONFIG ADAPTER AGENT ARGS AUTO B BASE BY COMPARE CONFIG COST_PER_HOUR DEEPSPEED DTYPE ENGINE GGUF \
 	GGUF_PRE GIB GPU HOST IDS INPUT JSON KEY LICENSE LINK LLAMA_CPP LOGDIR MACHINE_RANK MASTER_ADDR MASTER_PORT MERGED METRIC MODEL \
-	NUM_MACHINES NUM_PROCESSES OUTPUT OUTPUTS PORT PROMPT PYTHON RECEIPT REPO ROW RUN SEQ SHOW SIGNERS STEPS SYSTEM TB TUNE TUNING \
+	NUM_MACHINES NUM_PROCESSES OUTPUT OUTPUTS PORT PROMPT PYTHON RECEIPT REPO ROW RUN SEQ SHOW SIGNERS STEPS SYSTEM TASKS TB TUNE TUNING \
 	UNIFORM URL VENV VENV_TOO VLLM_ARGS
 $(foreach name,$(filter-out $(VARIABLES) MAKE% -%,$(.VARIABLES)),$(if $(findstring command line,$(origin $(name))),\
 	$(error $(name): no target reads it; keys of the configuration go into ARGS="section.key=value". Known: $(VARIABLES))))
@@ -49,13 +49,15 @@ run = $(BIN)/python -m sft $@ $(call option,run,RUN)
 agent = $(if $(value AGENT),"crowd.agent=$$AGENT")
 part = $(if $(value AGENT),/final_checkpoint/agent$$AGENT)
 model = --model "$${MODEL:-$${RUN:-outputs/nano}$(part)}" $(call option,adapter,ADAPTER)
+benchmarked = $(if $(value OUTPUT)$(value AGENT),--output \
+	"$${OUTPUT:-$${RUN:-outputs/nano}/evaluation/benchmark_agent$$AGENT}")
 merged = $(if $(value OUTPUT)$(value AGENT),--output "$${OUTPUT:-$${RUN:-outputs/nano}/merged_agent$$AGENT}")
 engine = $(call option,engine,ENGINE) $(if $(value VLLM_ARGS),"--vllm-args=$$VLLM_ARGS")
 gguf = $(if $(value GGUF)$(value LLAMA_CPP),--gguf "$${GGUF:-$$LLAMA_CPP}") $(call option,gguf-pre,GGUF_PRE)
 
 .PHONY: help setup setup-accelerate import gpu-info memory-check plan check process audit show-data \
 	train train-crowd train-distributed train-fsdp train-deepspeed train-distributed-tb train-fsdp-tb train-deepspeed-tb tensorboard \
-	tb-stop verify-resume verify-invariance collect-darkroom train-darkroom evaluate eval-quick eval-test compare \
+	tb-stop verify-resume verify-invariance collect-darkroom train-darkroom evaluate eval-quick eval-test benchmark compare \
 	verdict classify infer infer-batch merge merge-test serve serve-test push receipt verify-receipt nano test \
 	test-all test-fast test-gpu lint format docs clean
 
@@ -152,6 +154,9 @@ eval-quick: $(READY) ## Measure held-out loss and score the first 32 answers
 
 eval-test: $(READY) ## Measure held-out loss and score all answers, or those to another file [INPUT=file]
 	@$(run) $(if $(value AGENT),--name "test$$AGENT") $(agent) $(engine) $(if $(value INPUT),"data.eval_path=$$INPUT") $(ARGS)
+
+benchmark: $(READY) ## Score a run in standard tasks of lm-eval, or in your own [TASKS=arc_easy,my/task.yaml] [RUN=]
+	@$(BIN)/python -m sft $@ $(model) --tasks "$$TASKS" $(benchmarked) $(ARGS)
 
 compare: $(READY) ## Say whether B is better or worse than A, or not distinguishable [A=run] [B=run] [METRIC=bleu]
 	@$(BIN)/python -m sft $@ --a "$$A" --b "$$B" $(call option,metric,METRIC) $(call option,show,SHOW) $(call option,json,JSON)

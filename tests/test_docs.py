@@ -18,7 +18,7 @@ from conftest import ROOT
 
 import sft
 from sft.commands import VERBS, run
-from sft.config.load import parse_generation
+from sft.config.load import parse_benchmark, parse_generation
 from sft.errors import ExitCode, UserError
 from sft.tasks.registry import load_run
 
@@ -58,6 +58,8 @@ def test_a_command_in_the_docs_is_one_that_exists(document, command):
         if name == "ARGS" and "generation." in value:
             assert words[0] in ("infer", "infer-batch")
             parse_generation(value.split())
+        elif name == "ARGS" and words[0] == "benchmark":
+            parse_benchmark([word for word in value.split() if word.startswith("benchmark.")])
         elif name == "ARGS":
             load_run(ROOT / configuration_of(command), value.split())
         if name == "CONFIG" and (ROOT / value).exists():

@@ -277,7 +277,7 @@ def test_halves_of_a_batch_are_answered_once_each_down_to_one_row(number):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return batch
 
-    assert generate._halve_until_it_fits([*range(number)], decode) == [*range(number)]
+    assert generate.halve_until_it_fits([*range(number)], decode) == [*range(number)]
     assert len(tried) == 2 * number - 1  # a binary tree
 
 

@@ -114,6 +114,9 @@ VERBS = {
         "use.evaluate",
         preset=TEST,
     ),
+    "benchmark": Verb(
+        "Use", "Score a run in standard tasks of lm-eval, or in your own", "use.benchmark"
+    ),
     "compare": Verb(
         "Use", "Say whether B is better or worse than A, or not distinguishable", "use.compare"
     ),

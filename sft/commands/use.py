@@ -1,4 +1,4 @@
-"""Verbs for a model or a finished run: evaluate, verdict, compare, classify, infer, merge ..."""
+"""Verbs for a model or a finished run: evaluate, benchmark, compare, classify, infer, merge ..."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sft import cli
-from sft.config.load import parse_generation
+from sft.config.load import parse_benchmark, parse_generation
 from sft.config.schema import Config, Train
-from sft.errors import ExitCode, UserError
+from sft.errors import ExitCode, UserError, require_extra
 from sft.runtime import launcher
 from sft.runtime.console import make_console
 from sft.runtime.output import show
@@ -50,6 +50,32 @@ def verdict(args: Namespace) -> int:
     return ExitCode.OVER_LIMIT if gate and not gate["open"] else ExitCode.FINISHED
 
 
+def benchmark_options(parser: cli.Parser) -> None:
+    add_model_options(parser)
+    parser.add_argument("--tasks", default="", help="names, or paths of YAML files or folders")
+    parser.add_argument("--output", type=Path, help="default: <run>/evaluation/benchmark")
+    parser.add_overrides("benchmark")
+
+
+def benchmark(args: Namespace) -> int | None:
+    """Runs tasks of lm-eval on a model, and prints and writes their scores."""
+    require_extra("benchmark", "make benchmark", ["lm_eval"])
+    settings = parse_benchmark(args.overrides)
+    # Before lm-eval is imported: its own bars would stand between the lines of the ranks.
+    os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    if not args.tasks.strip(", "):
+        raise UserError('TASKS: required: TASKS="arc_easy my/task.yaml" (docs/BENCHMARK.md)')
+    from sft.evaluate.benchmarks import output_folder
+
+    folder = output_folder(args.model, args.output)
+    if launcher.has_ranks_to_start():
+        return launcher.launch_self(folder)
+    from sft.serve.benchmark import results
+
+    results.benchmark(connector_arguments(args), folder, args.tasks, settings)
+    return None
+
+
 def compare_options(parser: cli.Parser) -> None:
     description = "folder of a run, or its predictions.jsonl"
     parser.add_argument("--a", type=Path, required=True, help=description)
@@ -60,23 +86,52 @@ def compare_options(parser: cli.Parser) -> None:
 
 
 def compare(args: Namespace) -> None:
-    """Prints the differences of two runs, and examples that score differently."""
-    from sft.evaluate import compare
+    """Prints the differences of two runs, and examples that score differently.
 
-    metrics, labels = compare.agreed_metrics(args.a, args.b)
-    if args.metric:
-        metrics = args.metric.replace(",", " ").split()
-    found, console = compare.compare(args.a, args.b, metrics, labels), make_console()
-    title = f"B against A on {found.num_examples:,} examples"
-    console.print(compare.difference_table(title, found.differences, "A", "B"))
-    console.print(compare.wins_table(found))
-    if note := compare.describe_engines(args.a, args.b):
-        console.print(note)
-    if found.differing and args.show > 0:
-        console.print(compare.examples_table(found, args.show))
+    If both have results of benchmarks, prints their differences as well.
+    """
+    from sft.evaluate import benchmarks, compare
+
+    console, written = make_console(), {}
+    folders = [benchmarks.find_folder(path) for path in (args.a, args.b)]
+    has_answers = None in folders or all(map(compare.has_answers, (args.a, args.b)))
+    if args.metric and not has_answers:
+        raise UserError("METRIC: is only read for answers to held-out rows; A and B have none")
+    if None not in folders:
+        try:
+            written["benchmark"] = _compare_benchmarks(*(f for f in folders if f))
+        except UserError as error:
+            if not has_answers:
+                raise
+            console.print(f"benchmarks are not compared: {error}", markup=False)
+    if has_answers:
+        metrics, labels = compare.agreed_metrics(args.a, args.b)
+        if args.metric:
+            metrics = args.metric.replace(",", " ").split()
+        found = compare.compare(args.a, args.b, metrics, labels)
+        title = f"B against A on {found.num_examples:,} examples"
+        console.print(compare.difference_table(title, found.differences, "A", "B"))
+        console.print(compare.wins_table(found))
+        if note := compare.describe_engines(args.a, args.b):
+            console.print(note)
+        if found.differing and args.show > 0:
+            console.print(compare.examples_table(found, args.show))
+        written |= compare.comparison_json(found)
     if args.json:
-        cli.write_json(args.json, compare.comparison_json(found))
+        cli.write_json(args.json, written)
         console.print(f"the whole comparison: {args.json}")
+
+
+def _compare_benchmarks(a: Path, b: Path) -> dict[str, Any]:
+    """Prints the differences of two results of benchmarks, and returns them as JSON."""
+    from sft.evaluate import benchmarks, compare
+
+    found, console = benchmarks.compare_benchmarks(a, b), make_console()
+    title = f"Benchmarks: B against A on {found.num_examples:,} examples"
+    console.print(compare.difference_table(title, found.differences, "A", "B"))
+    for note in found.notes:
+        console.print(note, markup=False)
+    return found.as_json()
 
 
 def classify_options(parser: cli.Parser) -> None:

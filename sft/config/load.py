@@ -14,7 +14,7 @@ import typing
 from collections.abc import Collection, Iterator, Mapping
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
@@ -22,6 +22,7 @@ from ruamel.yaml import YAML
 from sft.config import foreign
 from sft.config.adapters import continue_adapter
 from sft.config.aliases import ALIASES
+from sft.config.benchmark import Benchmark
 from sft.config.read import Reader, merge
 from sft.config.reference import type_name
 from sft.config.rules import rules_of
@@ -47,6 +48,7 @@ from sft.errors import (
 )
 
 NULL = "tag:yaml.org,2002:null"
+Alone = TypeVar("Alone", bound=Section)
 
 
 def load_config(file: str | Path | None, overrides: list[str] | None = None) -> Config:
@@ -119,23 +121,37 @@ def _train_on_classified(tree: dict) -> None:
 
 def make_generation(values: dict[str, Any]) -> Generation:
     """Validates settings of generation. Raises ConfigError with every problem found."""
-    try:
-        return Generation.model_validate(values)
-    except ValidationError as error:
-        found = [item | {"loc": ("generation", *item["loc"])} for item in error.errors()]
-        problems = [": ".join(_explain(item, Config)) for item in found]
-        raise ConfigError("\n  ".join(["these settings cannot be used", *problems])) from None
+    return _make_alone("generation", Generation, values)
 
 
 def parse_generation(overrides: list[str]) -> Generation:
     """Reads settings of generation from overrides. Raises ConfigError with the problems found."""
+    return _parse_alone("generation", Generation, overrides)
+
+
+def parse_benchmark(overrides: list[str]) -> Benchmark:
+    """Reads options of benchmarks from overrides. Raises ConfigError with the problems found."""
+    return _parse_alone("benchmark", Benchmark, overrides)
+
+
+def _parse_alone(name: str, section: type[Alone], overrides: list[str]) -> Alone:
+    """Returns a section that is given by overrides only, and is part of no file."""
     reader = Reader()
-    tree = reader.read_overrides(overrides, {"generation": Generation})
-    strange = [name for name in tree if name != "generation"]
-    problems = [*reader.problems, *(f"{name}: expected generation.key=value" for name in strange)]
+    tree = reader.read_overrides(overrides, {name: section})
+    strange = [each for each in tree if each != name]
+    problems = [*reader.problems, *(f"{each}: expected {name}.key=value" for each in strange)]
     if problems:
         raise ConfigError("\n  ".join(["these settings cannot be used", *problems]))
-    return make_generation(tree.get("generation", {}))
+    return _make_alone(name, section, tree.get(name, {}))
+
+
+def _make_alone(name: str, section: type[Alone], values: dict[str, Any]) -> Alone:
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        found = [item | {"loc": (name, *item["loc"])} for item in error.errors()]
+        problems = [": ".join(_explain(item, Config)) for item in found]
+        raise ConfigError("\n  ".join(["these settings cannot be used", *problems])) from None
 
 
 def dump_config(config: RunConfig, reasons: dict[str, str] | None = None) -> str:

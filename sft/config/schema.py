@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
+from sft.config.benchmark import Benchmark
 from sft.config.lora import Lora, Regex, Tuning, names_layer
 from sft.config.optimizers import LIKE_ADAM, ImportPath, OptimizerName
 from sft.config.section import (
@@ -581,6 +582,7 @@ def sections_of(schema: type[RunConfig]) -> dict[str, type[Section]]:
 NESTED: dict[str, type[Section]] = {
     "classify.strategies.<name>": Strategy,
     "generation": Generation,
+    "benchmark": Benchmark,
     "tuning.lora": Lora,
     "train.early_stopping": EarlyStopping,
     "data.replay": Replay,

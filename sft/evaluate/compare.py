@@ -128,6 +128,16 @@ def _read_engines(file: Path) -> set[str]:
         return {json.loads(line).get("engine", "our own decoding") for line in lines}
 
 
+def has_answers(path: Path) -> bool:
+    """Returns whether a run, folder or file has predictions that are no scores of benchmarks."""
+    try:
+        with find_predictions(path, "").open("rb") as file:
+            line = file.readline()
+            return bool(line) and b'"scores": {' not in line
+    except UserError:
+        return False
+
+
 def agreed_metrics(a: Path, b: Path) -> tuple[list[str], list[str]]:
     """Returns (metrics, labels) of the configurations of both runs.
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import psutil
@@ -33,6 +33,7 @@ from sft.models.sizes import read_sizes
 
 ROWS_CPU, ROWS_GPU = 64, 256  # the largest batch; a CPU is no faster with more (docs/LOG.md)
 CACHES = ("past_key_values", "cache_params")  # names of the cache; the latter of a state alone
+Result = TypeVar("Result")
 DROP_SHARE = 1 / 8  # share of a batch that must have finished before its rows are dropped
 
 
@@ -101,13 +102,14 @@ class Decoder:
     """A model with all that it needs to write answers.
 
     `stop`: the tokens that end an answer. `batch_size`: prompts in a batch; None: see
-    `max_batch_size`.
+    `max_batch_size`. `ends`: says of the tokens so far whether their text ends the answer.
     """
 
     model: nn.Module
     stop: Sequence[int]
     settings: Generation = field(default_factory=Generation)
     batch_size: int | None = None
+    ends: Callable[[list[int]], bool] = field(default=lambda _: False, kw_only=True)
 
     def answer_batches(
         self,
@@ -142,11 +144,21 @@ class Decoder:
                 if needs_all_ranks:
                     yield batch, decode(batch)
                 elif batch:
-                    yield batch, _halve_until_it_fits(batch, decode)
+                    yield batch, halve_until_it_fits(batch, decode)
 
     def max_batch_size(self, prompts: Sequence[list[int]], accelerator: Accelerator) -> int:
         """Returns `batch_size`, or how many prompts half of the free memory holds on every rank, at
         most ROWS_CPU or ROWS_GPU, since larger batches are no faster. Collective."""
+        if self.batch_size:
+            return self.batch_size
+        precision = weight_precision(self.model)
+        longest = max((len(prompt) for prompt in prompts), default=1)
+        new = self.settings.max_new_tokens
+        return self.max_rows(bytes_per_row(self.model.config, precision, longest, new), accelerator)
+
+    def max_rows(self, row_bytes: int, accelerator: Accelerator) -> int:
+        """Returns `batch_size`, or how many rows half of the free memory holds on every rank, at
+        most ROWS_CPU or ROWS_GPU. Collective."""
         if self.batch_size:
             return self.batch_size
         parameter = next(self.model.parameters())
@@ -156,12 +168,9 @@ class Decoder:
         else:
             local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             free = psutil.virtual_memory().available // local_ranks
-        precision = next((p for p, dtype in DTYPES.items() if dtype == parameter.dtype), "fp32")
-        longest = max((len(prompt) for prompt in prompts), default=1)
         copies = getattr(self.model, "rows_per_prompt", 1)  # a mixture of models has several
-        new = self.settings.max_new_tokens
-        each = bytes_per_row(self.model.config, precision, longest, new) * copies
-        own = max(1, min(free // 2 // each, (ROWS_GPU if on_gpu else ROWS_CPU) // copies))
+        most = (ROWS_GPU if on_gpu else ROWS_CPU) // copies
+        own = max(1, min(free // 2 // (row_bytes * copies), most))
         return min(gather_object([own])) if accelerator.num_processes > 1 else own
 
     @torch.no_grad()
@@ -207,6 +216,8 @@ class Decoder:
                     reasons[row] = "stop"
                 else:
                     written[row].append(token)
+                    if is_end := self.ends(written[row]):
+                        reasons[row] = "stop"
                 if is_end or len(written[row]) == limits[row]:
                     unfinished.remove(row)
             ids = tokens[:, None]
@@ -218,20 +229,20 @@ class Decoder:
         return [Answer(*each) for each in zip(written, reasons, strict=True)]
 
 
-def _halve_until_it_fits(
-    batch: list[int], decode: Callable[[list[int]], list[Answer]]
-) -> list[Answer]:
-    """Returns the answers of a batch; if memory runs out, answers one half after the other."""
+def halve_until_it_fits(
+    batch: list[int], compute: Callable[[list[int]], list[Result]]
+) -> list[Result]:
+    """Returns the results for a batch; if memory runs out, for one half after the other."""
     try:
-        return decode(batch)
+        return compute(batch)
     except Exception as error:
         if len(batch) == 1 or oom_message(error) is None:
             raise
     release_memory()
     half = len(batch) // 2
     return [
-        *_halve_until_it_fits(batch[:half], decode),
-        *_halve_until_it_fits(batch[half:], decode),
+        *halve_until_it_fits(batch[:half], compute),
+        *halve_until_it_fits(batch[half:], compute),
     ]
 
 
@@ -243,18 +254,33 @@ def _pad(prompts: Sequence[list[int]], device: torch.device) -> tuple[torch.Tens
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
+def accepted_by(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Returns the arguments of a model's forward pass by name, without those of its adapter."""
+    return inspect.signature(_without_adapter(model).forward).parameters
+
+
+def _without_adapter(model: nn.Module) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def weight_precision(model: nn.Module) -> str:
+    """Returns the name of the precision in which a model computes; fp32 for an unknown one."""
+    dtype = next(model.parameters()).dtype
+    return next((name for name, known in DTYPES.items() if known == dtype), "fp32")
+
+
 class _Forward:
     """Forward passes that return the last position's logits, and the cache between them."""
 
     def __init__(self, model: nn.Module, device: torch.device):
         self.model, self.device, self.cache = model, device, None
-        plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-        self.accepted = inspect.signature(plain.forward).parameters
+        self.accepted = accepted_by(model)
         names = [name for name in CACHES if name in self.accepted]
         if not names:
+            name = type(_without_adapter(model)).__name__
             raise ModelError(
-                f"{type(plain).__name__} keeps no keys and values (past_key_values) between "
-                "tokens, which writing answers needs; use the model's own `generate`"
+                f"{name} keeps no keys and values (past_key_values) between tokens, which "
+                "writing answers needs; use the model's own `generate`"
             )
         self.cache_name = names[0]
 

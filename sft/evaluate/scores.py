@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -253,12 +253,15 @@ def paired_intervals(a: Tally, b: Tally) -> dict[str, PairedValues]:
     return found
 
 
-def judge(found: Mapping[Key, Difference]) -> dict[Key, Difference]:
+def judge(
+    found: Mapping[Key, Difference], lower_is_better: Container[Key] = ()
+) -> dict[Key, Difference]:
     """Returns differences that stand in one table, with adjusted p-values and verdicts."""
     adjusted = holm({key: each.p_value for key, each in found.items()})
     judged = {}
     for key, each in found.items():
-        verdict: Verdict = "better" if each.difference > 0 else "worse"
+        is_better = (each.difference > 0) != (key in lower_is_better)
+        verdict: Verdict = "better" if is_better else "worse"
         if adjusted[key] >= ALPHA:
             verdict = "not distinguishable"
         judged[key] = replace(each, adjusted_p=adjusted[key], verdict=verdict)

@@ -235,6 +235,7 @@ class Mixture(nn.Module, GenerationMixin):
         self.crowd, self.aggregator = crowd, aggregator
         self.config, self.generation_config = crowd.config, crowd.generation_config
         self.rows_per_prompt = number  # read by `Decoder`
+        self.draws_per_prompt = aggregator.kind == "sampled"  # read by `serve/benchmark/harness`
         self.training = crowd.training  # restored by `eval_mode`
 
     @classmethod
