@@ -280,16 +280,20 @@ def test_evaluate_and_classify_ask_it(run, tmp_path, monkeypatch):
 
 def test_a_bound_command_dies_with_its_parent(tmp_path):
     code = "import os, subprocess, sys, time; from sft.runtime.children import bound_command\n"
-    code += "words = bound_command(['sh', '-c', 'echo $$; exec sleep 600'])\n"
-    code += "child = subprocess.Popen(words, stdout=open(sys.argv[1], 'w'))\n"
-    code += "while not open(sys.argv[1]).read().strip(): time.sleep(0.02)\n"
+    code += "words = bound_command(['sh', '-c', 'sleep 600 & echo $$ $!; wait'])\n"
+    code += "options = {'stdout': open(sys.argv[1], 'w'), 'start_new_session': True}\n"
+    code += "child = subprocess.Popen(words, **options)\n"
+    code += "while len(open(sys.argv[1]).read().split()) < 2: time.sleep(0.02)\n"
     code += "os._exit(0)"
-    file = tmp_path / "pid"
+    file = tmp_path / "pids"
     subprocess.run([sys.executable, "-c", code, str(file)], check=True, timeout=60)
-    pid, deadline = int(file.read_text()), time.monotonic() + 30
-    while not children.is_dead(pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    deadline = time.monotonic() + 30
+    for pid in map(int, file.read_text().split()):  # what it starts dies, too
+        while not children.is_dead(pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    failing = children.bound_command(["sh", "-c", "exit 3"])
+    assert subprocess.run(failing, start_new_session=True, check=False).returncode == 3
 
 
 # --- vLLM itself -------------------------------------------------------------------------------

@@ -17,24 +17,37 @@ import psutil
 LAUNCHER = "SFT_LAUNCHER"  # the variable in which the launcher gives the ranks its process id
 
 
-def die_with_parent(parent: int) -> None:
-    """Makes the kernel kill this process when `parent`, which started it, ends for any reason."""
+def die_with_parent(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
+    """Makes the kernel send `by` to this process when `parent`, which started it, ends for any
+    reason."""
     if sys.platform != "linux":
         return
     set_death_signal = 1  # PR_SET_PDEATHSIG
-    ctypes.CDLL(None, use_errno=True).prctl(set_death_signal, signal.SIGKILL, 0, 0, 0)
+    ctypes.CDLL(None, use_errno=True).prctl(set_death_signal, by, 0, 0, 0)
     if os.getppid() != parent:  # the parent ended before this call
         os._exit(1)
 
 
 def bound_command(words: Sequence[str]) -> list[str]:
-    """Returns a command that runs `words` and is killed when this process ends for any reason.
+    """Returns a command that runs `words`, to be started in a session of its own.
 
-    It runs them without PYTHONPATH: they may belong to another environment.
+    All processes of that session are killed when this process ends for any reason.
     """
-    bind = "from sft.runtime.children import die_with_parent as bind; bind(int(sys.argv[1]))"
-    run = 'os.environ.pop("PYTHONPATH", None); os.execvp(sys.argv[2], sys.argv[2:])'
-    return [sys.executable, "-c", f"import os, sys; {bind}; {run}", str(os.getpid()), *words]
+    code = "import sys; from sft.runtime.children import run_bound as run"
+    code = f"{code}; run(int(sys.argv[1]), sys.argv[2:])"
+    return [sys.executable, "-c", code, str(os.getpid()), *words]
+
+
+def run_bound(parent: int, words: list[str]) -> None:
+    """Runs `words` and exits with their exit code; see `bound_command`.
+
+    They run without PYTHONPATH: they may belong to another environment.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
+    die_with_parent(parent, signal.SIGTERM)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    code = subprocess.call(words, env=environment)
+    sys.exit(code if code >= 0 else 128 - code)
 
 
 def prepare_worker(parent: int) -> None:

@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import httpx2
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
 
@@ -173,7 +174,9 @@ class Server:
         if self._client.is_closed:
             return
         self._client.close()
-        self.process.terminate()
+        with suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self.process.pid).children():
+                child.terminate()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(10)
         with suppress(ProcessLookupError):  # all of them have ended

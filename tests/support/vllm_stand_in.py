@@ -101,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
 def standing_in(
     model: str | Path,
     spoil: Callable[[dict[str, Any]], None] = lambda _: None,
-    program: str = "sleep 600",
+    program: str = "sleep 600; true",
 ) -> Iterator[StandIn]:
     """Lets the engine start a stand-in with `model`, and beside it `program` as the process."""
     connector = AccelerateConnector(model, mixed_precision="no", log=Log(None))
