@@ -1,6 +1,6 @@
 """Plans the models of docs/recipes on four GPUs, and writes the plans into their pages.
 
-    python benchmarks/recipes.py [--models qwen3 gpt_oss]    plans: 7 minutes each
+    python benchmarks/recipes.py [--models qwen3 llama31 gemma3 gpt_oss]    plans: 7 minutes each
     python benchmarks/recipes.py --pages        writes the results into the pages
 
 Shapes are those of the models' own config.json, and their parameters are counted. Nothing is run:
@@ -49,11 +49,15 @@ BEGIN, END = "<!-- of benchmarks/recipes.py -->", "<!-- end -->"
 SHORT = dict(zip(TUNINGS, ("LoRA", "QLoRA", "full (bf16)", "full (8 bits)"), strict=True))
 NAMES = {
     "qwen3": "Qwen3-8B",
+    "llama31": "Llama-3.1-8B",
+    "gemma3": "Gemma-3-12B",
     "gpt_oss": "gpt-oss-20b",
 }
 PLANNED = ("lora", "qlora")  # the first one that fits
 PARAMETERS = {  # as published
     "qwen3": 8_190_735_360,
+    "llama31": 8_030_261_248,
+    "gemma3": 12_187_325_040,
     "gpt_oss": 20_914_757_184,
 }
 SHAPES: dict[str, dict[str, Any]] = {
@@ -69,6 +73,54 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "tie_word_embeddings": False,
         "vocab_size": 151_936,
+    },
+    "llama31": {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "max_position_embeddings": 131_072,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "rope_scaling": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 500_000.0,
+        "tie_word_embeddings": False,
+        "vocab_size": 128_256,
+    },
+    "gemma3": {
+        "model_type": "gemma3",
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "mm_tokens_per_image": 256,
+        "text_config": {
+            "model_type": "gemma3_text",
+            "head_dim": 256,
+            "hidden_size": 3840,
+            "intermediate_size": 15_360,
+            "max_position_embeddings": 131_072,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 48,
+            "num_key_value_heads": 8,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+            "vocab_size": 262_208,
+        },
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 1152,
+            "image_size": 896,
+            "intermediate_size": 4304,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 27,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
     },
     "gpt_oss": {
         "model_type": "gpt_oss",

@@ -22,7 +22,7 @@ from sft import commands
 from sft.config.load import load_config
 from sft.config.schema import Config
 from sft.data import audit, cache, files, template
-from sft.errors import ModelError
+from sft.errors import DataError, ModelError
 from sft.models import load
 from sft.tasks.registry import load_run
 
@@ -73,7 +73,7 @@ def test_the_models_that_are_planned_have_their_published_size(model):
     assert plan["reserved_bytes"] <= plan["usable_bytes"]
 
 
-@pytest.mark.parametrize(("model", "file"), [("qwen3", "Qwen3-8B")])
+@pytest.mark.parametrize(("model", "file"), [("qwen3", "Qwen3-8B"), ("llama31", "Llama-3.1-8B")])
 def test_shapes_are_those_of_the_published_files(shared, model, file):
     published = json.loads((shared / f"data/model_configs/{file}.json").read_text("utf-8"))
     shape = recipes.SHAPES[model]
@@ -94,18 +94,20 @@ def test_a_plan_of_the_results_is_made_again(tmp_path, monkeypatch):
 # --- rows -------------------------------------------------------------------------------
 
 
-def learnt(name: str, page: str, folder: Path) -> str:
-    """Returns what is learnt of the first row with a family's template, each part on a new line."""
+def render(name: str, path: Path, line: int = 1) -> tuple[str, list[str]]:
+    """Returns what is learnt of a row with a family's template, each part on a new line, and what
+    the audit finds."""
     tokenizer = stand_in(name)
-    given = [f"model.name={NANO}", f"data.train_path={write_rows(page, folder)}"]
-    config = load_config(None, [*given, "train.output_dir=none", "data.max_seq_len=4096"])
+    given = [f"model.name={NANO}", f"data.train_path={path}", "train.output_dir=none"]
+    config = load_config(None, [*given, "data.max_seq_len=4096"])
     assert isinstance(config, Config)
     parts: list[str] = []
-    for row in files.select_rows(config.data, "1"):
+    found: list[str] = []
+    for row in files.select_rows(config.data, str(line)):
         assert isinstance(row, files.Row)
         options = cache.render_options(config.data)
         for kept, example in template.render_row(tokenizer, row, 4096, **options):
-            assert audit.examine(tokenizer, kept, example, 4096, "all") == []
+            found += audit.examine(tokenizer, kept, example, 4096, "all")
             part: list[int] = []
             for token, label in zip([*example.ids, 0], [*example.labels, -100], strict=True):
                 if label != -100:
@@ -113,7 +115,7 @@ def learnt(name: str, page: str, folder: Path) -> str:
                 elif part:
                     parts.append(tokenizer.decode(part))
                     part = []
-    return "".join(f"{part}\n" for part in parts)
+    return "".join(f"{part}\n" for part in parts), found
 
 
 SHOWN = [
@@ -136,7 +138,38 @@ def test_pages_show_what_is_learnt():
 
 @pytest.mark.parametrize(("page", "name", "text"), SHOWN, ids=lambda value: value[:12])
 def test_what_a_page_shows_is_what_is_learnt(tmp_path, page, name, text):
-    assert learnt(name, page, tmp_path) == text
+    assert render(name, write_rows(page, tmp_path)) == (text, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "calls", "message"),
+    [
+        ("gemma3", 1, "it never reads `tool_calls`"),
+        ("llama3_1", 2, "only supports single tool-calls at once"),
+        ("gptoss", 2, "does not write the name of a call"),
+    ],
+)
+def test_calls_that_a_family_cannot_write_are_refused_as_its_page_says(
+    tmp_path, name, calls, message
+):
+    row = json.loads(blocks("tool_calling", "json")[0])
+    row["messages"][1]["tool_calls"] *= calls
+    path = tmp_path / "row.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(DataError, match=message):
+        render(name, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "page", "line", "finding"),
+    [
+        ("gemma3", "tool_calling", 2, "tools_dropped"),
+        ("gemma3", "reasoning", 1, "thoughts_dropped"),
+        ("llama3_1", "reasoning", 1, "thoughts_dropped"),
+    ],
+)
+def test_what_a_family_drops_is_found_as_its_page_says(tmp_path, name, page, line, finding):
+    assert finding in render(name, write_rows(page, tmp_path), line)[1]
 
 
 def configured(page: str, folder: Path) -> Path:
