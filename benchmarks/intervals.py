@@ -1,12 +1,14 @@
 """How often 95 % intervals hold the true value, and how many tables have a false verdict.
 
-    PYTHONPATH=. python benchmarks/intervals.py [--tries 250]
+    PYTHONPATH=. python benchmarks/intervals.py [--tries 4000]
         [--json benchmarks/results/intervals.json]
 
 coverage  Samples of 20 to 300 examples are drawn from populations whose scores are known, and
           scored as `make evaluate` and `make compare` do. Coverage of shares is computed from the
           binomial distribution, beside that of percentiles of a bootstrap; all other coverage is
-          simulated. "labels" are precision, recall and F1 of single labels.
+          simulated. "labels" are precision, recall and F1 of single labels. Differences are those
+          of two runs that are equally good, and of two of which one has other answers to a fifth
+          of the examples; "few" are those where less than ten examples differ on average.
 tables    Two runs that are equally good are compared. Reported is the share of tables with at least
           one verdict, by p-values adjusted for their number (Holm) and by p-values as they are.
 """
@@ -25,13 +27,13 @@ from scipy.stats import binom
 
 from sft.evaluate import scores
 from sft.evaluate.intervals import unbounded, wilson
-from sft.evaluate.scores import Tally, compare_tallies
+from sft.evaluate.scores import Tally, compare_tallies, paired_intervals
 from sft.runtime.console import make_console, table, write_json
 
 SIZES = (20, 30, 100, 300)
 SHARES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
-EXCHANGES = 999  # of each table; coverage needs none
-RESAMPLES = 200  # for each interval; the product draws more, which its width shows by 1 %
+EXCHANGES = 999  # of each table
+FEW = 10  # examples that differ
 Draw = Callable[[np.random.Generator, int], np.ndarray]  # -> rows of the metric [runs, num, size]
 
 # Scores of single examples, as ROUGE-L and equal JSON fields have them.
@@ -82,6 +84,19 @@ def pairs_of(draw: Callable[[np.random.Generator, int], np.ndarray]) -> Draw:
     def rows(rng: np.random.Generator, num: int) -> np.ndarray:
         a, b = draw(rng, num), draw(rng, num)
         return np.stack([a, np.where(rng.random(num) < 0.5, a, b)])[..., None]
+
+    return rows
+
+
+def changed(draw: Callable[[np.random.Generator, int], np.ndarray]) -> Draw:
+    """Returns a draw of two runs; the second one has a fifth of the first one's answers worsened,
+    or improved if most are bad."""
+    score = float(draw(np.random.default_rng(2), 10_000).mean() < 0.7)
+
+    def rows(rng: np.random.Generator, num: int) -> np.ndarray:
+        both = pairs_of(draw)(rng, num)
+        both[1, rng.random(num) < 0.2] = score
+        return both
 
     return rows
 
@@ -192,6 +207,7 @@ def populations() -> Iterator[Population]:
         yield make("share", shape, right_and_wrong(*of_pairs), "exact_match")
     for shape, draw in MEANS.items():
         yield make("mean", shape, pairs_of(draw), "rouge_l")
+        yield make("mean", f"{shape}; 1 of 5 changed", changed(draw), "rouge_l")
     for shape, (shares, found) in LABELS.items():
         names = [f"l{n}" for n in range(len(shares))]
         yield make("classification", shape, labelled(shares, found), "classification", names)
@@ -215,7 +231,7 @@ def kind_of(kind: str, name: str) -> str:
 def simulate(of: Population, num: int, tries: int) -> Iterator[dict[str, Any]]:
     """Yields the coverage of each kind of score of `num` examples, and of differences."""
     rng = np.random.default_rng(num)
-    held = defaultdict(list)
+    held, differing = defaultdict(list), 0
     for _ in range(tries):
         a, b = (tally_of(of.metric, of.labels, rows) for rows in of.draw(rng, num))
         bounds = {} if of.metric == "exact_match" else a.intervals()
@@ -224,14 +240,18 @@ def simulate(of: Population, num: int, tries: int) -> Iterator[dict[str, Any]]:
             if name in bounds:
                 low, high = bounds[name]
                 held[kind].append(low - 1e-9 <= truth <= high + 1e-9)
-        for name, row in compare_tallies(a, b).items():
+        differing += int((a.rows != b.rows).any(axis=1).sum())
+        for name, row in paired_intervals(a, b).items():
             truth = of.truths[1][name] - of.truths[0][name]
             if row.low is not None and row.high is not None:
                 kind = "difference of " + kind_of(of.kind, name)
                 held[kind].append(row.low - 1e-9 <= truth <= row.high + 1e-9)
     for kind, found in held.items():
         each = {"kind": kind, "shape": of.shape, "num": num, "coverage": float(np.mean(found))}
-        yield each | {"intervals": len(found)}
+        each["intervals"] = len(found)
+        if kind.startswith("difference"):
+            each["differing"] = differing / tries
+        yield each
 
 
 def table_rows(tries: int) -> Iterator[dict[str, Any]]:
@@ -257,29 +277,31 @@ def table_rows(tries: int) -> Iterator[dict[str, Any]]:
 
 
 def summary(coverage: list[dict[str, Any]]) -> list[str]:
-    """Returns lines of a table for docs/INFER.md: the mean over shapes and the lowest, in %."""
+    """Returns lines of a table for docs/INFER.md: the mean over shapes, lowest, highest, in %."""
     cells: defaultdict[str, defaultdict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in coverage:
-        cells[row["kind"]][row["num"]].append(100 * row["coverage"])
+        few = row.get("differing", FEW) < FEW
+        kind = "differences where few differ" if few else row["kind"]
+        cells[kind][row["num"]].append(100 * row["coverage"])
     lines = [f"| coverage in % | {' | '.join(map(str, SIZES))} |", "|---" * 5 + "|"]
     for kind, found in cells.items():
-        shown = (f"{np.mean(found[num]):.1f} ({min(found[num]):.1f})" for num in SIZES)
+        each = [found[num] for num in SIZES]
+        shown = (f"{np.mean(c):.1f} ({min(c):.1f} to {max(c):.1f})" if c else "-" for c in each)
         lines.append(f"| {kind} | {' | '.join(shown)} |")
     return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tries", type=int, default=250)
+    parser.add_argument("--tries", type=int, default=4000)
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/intervals.json"))
     args = parser.parse_args()
     console = make_console()
-    coverage = [*share_rows(), *unbounded_rows(8 * args.tries)]
-    scores.EXCHANGES, scores.RESAMPLES = 0, RESAMPLES
+    coverage = [*share_rows(), *unbounded_rows(args.tries)]
     for of in populations():
         coverage += [row for num in SIZES for row in simulate(of, num, args.tries)]
-    scores.EXCHANGES, scores.RESAMPLES = EXCHANGES, 2
-    tables = [*table_rows(args.tries)]
+    scores.EXCHANGES = EXCHANGES
+    tables = [*table_rows(args.tries // 8)]
     cells: defaultdict[tuple[str, str], dict[int, str]] = defaultdict(dict)
     for row in coverage:
         cells[row["kind"], row["shape"]][row["num"]] = f"{row['coverage']:.1%}"

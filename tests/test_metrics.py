@@ -20,7 +20,7 @@ from sklearn.metrics import classification_report
 from sft.errors import UserError
 from sft.evaluate import metrics, scores
 from sft.evaluate.labels import label_of
-from sft.evaluate.metrics import FAILURE, GRID, NAMES
+from sft.evaluate.metrics import FAILURE, GRID, NAMES, influences
 from sft.evaluate.scores import Tally
 
 LABELS = ["hateful", "non-hateful", "unclear"]
@@ -445,14 +445,15 @@ def test_an_example_takes_eight_bytes_a_statistic():
     assert peak(lambda: add(range(100, 3000))) < 1.5 * kept * 2900
 
 
-def test_the_memory_of_resampling_does_not_grow_with_examples(monkeypatch):
+def test_the_memory_of_exchanges_does_not_grow_with_examples(monkeypatch):
     monkeypatch.setattr(scores, "AT_ONCE", 20_000)
-    monkeypatch.setattr(scores, "RESAMPLES", 50)
+    monkeypatch.setattr(scores, "EXCHANGES", 50)
     taken = {}
     for num in (1_000, 10_000):
         tally = tallied(matches(np.arange(num) % 2), ["exact_match"])
-        tally.intervals()  # what is made once
-        taken[num] = peak(tally.intervals) - 3 * tally.rows.nbytes
+        rows = tally.rows
+        scores._p_values(tally, rows, 1 - rows)  # what is made once
+        taken[num] = peak(lambda r=rows, t=tally: scores._p_values(t, r, 1 - r)) - 6 * rows.nbytes
     assert taken[10_000] < 1.5 * taken[1_000] < 60 * 20_000
 
 
@@ -520,10 +521,27 @@ def test_a_macro_score_has_an_interval_if_each_label_has_ten_references():
     assert (row.low, row.high, row.p_value) == (None, None, 1)
 
 
-def test_a_standard_error_is_that_of_its_formula():
-    rows = np.random.default_rng(0).random(400)
-    (found,) = scores._standard_errors(lambda counts: (counts @ rows / 400)[None], 400)
-    assert found == pytest.approx(rows.std(ddof=1) / 20, rel=0.08)  # of 1,000 resamples
+@pytest.mark.parametrize("name", ["rouge_l", "bleu", "chrf", "classification"])
+def test_influences_give_the_standard_error_of_a_bootstrap(name):
+    pairs = labelled(150) if name == "classification" else corpus(150)
+    tally = tallied(pairs, [name], labels=LABELS)
+    ((measure, rows),) = tally._parts(tally.rows)
+    num = len(pairs)
+    found = {each: np.std(pulls) / num**0.5 for each, pulls in influences(measure, rows).items()}
+    counts = np.random.default_rng(0).multinomial(num, [1 / num] * num, 1500).astype(float)
+    resampled = measure.values(measure.sums(rows, counts))
+    expected = {each: values.std() for each, values in resampled.items()}
+    assert found == pytest.approx(expected, rel=0.12)
+
+
+def test_an_influence_is_what_leaving_out_the_example_changes():
+    pairs = [*corpus(5), *corpus(2)]  # some of them twice
+    whole = tallied(pairs, ["chrf"])
+    ((measure, rows),) = whole._parts(whole.rows)
+    value, last = whole.values()["chrf"], len(pairs) - 1
+    without = [pairs[:n] + pairs[n + 1 :] for n in range(len(pairs))]
+    expected = [last * (value - tallied(each, ["chrf"]).values()["chrf"]) for each in without]
+    assert influences(measure, rows)["chrf"] == pytest.approx(expected)
 
 
 @pytest.mark.filterwarnings("error")

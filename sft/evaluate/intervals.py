@@ -16,6 +16,7 @@ ALPHA = 0.05  # a verdict needs a smaller adjusted p-value
 EXCHANGES = 9999  # p-values from 0.0001, so Holm's method has room for 500
 AT_ONCE = 2**22  # signs that are drawn at once: about 60 MB
 Z = 1.959964  # quantile of the normal distribution that leaves 5 % outside
+AT_BOUND = 0.25  # of an example, that is counted at each bound of a score
 Interval = tuple[float, float]
 Key = TypeVar("Key", bound=Hashable)
 
@@ -49,39 +50,67 @@ def bounded(value: float, error: float, num: int, least: float = 0, most: float 
     """Returns the interval of any score between `least` and `most` with this standard error.
 
     It is Wilson's for the number of 0/1 scores that would have the same error, as samples with
-    weights have it (Korn and Graubard 1998), with the quantile of
-    Student's t. `num` examples may not show how widely scores vary. So one example more is counted,
-    which varies as much as a score with these bounds can.
+    weights have it (Korn and Graubard 1998), with the quantile of Student's t. `num` examples may
+    not show how widely scores vary, so a quarter of an example more is counted at each bound.
     """
-    from scipy.special import stdtrit  # quantiles of Student's t; `scipy.stats.t` is slow
-
     if num < 2:
         return least, most
     share, error = (value - least) / (most - least), error / (most - least)
-    largest = share * (1 - share)  # variance of a score of 0 or 1 with this mean
-    variance = num * error**2 + largest / num
-    effective = num * largest / variance if variance > 0 else num
-    low, high = wilson(share, effective, float(stdtrit(num - 1, (1 + LEVEL) / 2)))
+    mean = (num * share + AT_BOUND) / (num + 2 * AT_BOUND)
+    squares = (num * (num * error**2 + share**2) + AT_BOUND) / (num + 2 * AT_BOUND)
+    effective = num * mean * (1 - mean) / (squares - mean**2)
+    low, high = wilson(share, effective, _student(num))
     return least + low * (most - least), least + high * (most - least)
+
+
+def of_influences(
+    value: float, influences: np.ndarray, extra: float = 0, num: int | None = None
+) -> Interval:
+    """Returns the interval of a value without bounds, such as a loss or a difference of scores.
+
+    `influences` [examples] say how far each example moves the value, times the number of examples;
+    of a mean, they are the deviations from it. On each side, the interval is the wider one of
+    Student's t and its correction for skewness, the cubic of Hall (1992, J. R. Statist. Soc. B
+    54:221): a few large values make the upper side longer, and too few of them show no skewness.
+    `extra` counts one example more, half of it with this value and half with its negative. `num` is
+    the number of examples that matter, if it is not all.
+    """
+    size, num = len(influences), num or len(influences)
+    if size < 2 or num < 2:
+        return -math.inf, math.inf
+    values = np.append(value + influences, [extra, -extra])
+    weights = np.append(np.ones(size), [0.5, 0.5] if extra else [0, 0])
+    mean = np.average(values, weights=weights)
+    deviation = math.sqrt(np.average((values - mean) ** 2, weights=weights))
+    if deviation == 0:
+        return value, value
+    skewness = float(np.average((values - mean) ** 3, weights=weights)) / deviation**3
+    quantile = _student(num)
+
+    def corrected(t: float) -> float:
+        if abs(skewness) < 1e-6:
+            return t
+        cube = 1 + skewness * (t - skewness / (6 * size))
+        return 3 / skewness * (math.copysign(abs(cube) ** (1 / 3), cube) - 1)
+
+    normal = quantile / math.sqrt(size)
+    plain = normal * math.sqrt(num / (num - 1))
+    low = value - deviation * max(plain, corrected(normal))
+    return low, value + deviation * max(plain, -corrected(-normal))
 
 
 def difference_of_ratios(before: np.ndarray, now: np.ndarray, weights: np.ndarray) -> Interval:
     """Returns the interval of sum(now) / sum(weights) - sum(before) / sum(weights).
 
-    All three are [examples]. It is that of a ratio estimator over examples (Cochran 1977, 6.3),
-    with the quantile of Student's t; it is unbounded with fewer than two examples.
+    All three are [examples]. It is that of a ratio estimator over examples (Cochran 1977, 6.3); it
+    is unbounded with fewer than two examples.
     """
-    from scipy.special import stdtrit
-
     kept = weights > 0
     gained, weight = (now - before)[kept], weights[kept]
-    if (num := len(weight)) < 2:
+    if not len(weight):
         return -math.inf, math.inf
     ratio = float(gained.sum() / weight.sum())
-    scatter = float(np.square(gained - ratio * weight).sum())
-    error = math.sqrt(scatter * num / (num - 1)) / float(weight.sum())
-    half = float(stdtrit(num - 1, (1 + LEVEL) / 2)) * error
-    return ratio - half, ratio + half
+    return of_influences(ratio, (gained - ratio * weight) / weight.mean())
 
 
 def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
@@ -98,32 +127,11 @@ def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
 
 
 def unbounded(values: Sequence[float]) -> Interval | None:
-    """Returns the interval of the mean of values without bounds, such as losses; None for one.
-
-    It is that of Student's t, corrected for the skewness of the values by the cubic of Hall (1992,
-    J. R. Statist. Soc. B 54:221): a few large values make the upper side the longer one.
-    """
-    from scipy.special import stdtrit
-
-    num = len(values)
-    if num < 2:
+    """Returns the interval of the mean of values without bounds, such as losses; None for one."""
+    if len(values) < 2:
         return None
-    mean = math.fsum(values) / num
-    deviation = math.sqrt(math.fsum((each - mean) ** 2 for each in values) / num)
-    if deviation == 0:
-        return mean, mean
-    skewness = math.fsum((each - mean) ** 3 for each in values) / num / deviation**3
-    quantile = float(stdtrit(num - 1, (1 + LEVEL) / 2))
-
-    def transformed(t: float) -> float:
-        """Returns the mean's error, in standard deviations, at this quantile of t."""
-        t /= math.sqrt(num)
-        if abs(skewness) < 1e-6:
-            return t
-        cube = 1 + skewness * (t - skewness / (6 * num))
-        return 3 / skewness * (math.copysign(abs(cube) ** (1 / 3), cube) - 1)
-
-    return mean - deviation * transformed(quantile), mean - deviation * transformed(-quantile)
+    mean = math.fsum(values) / len(values)
+    return of_influences(mean, np.asarray(values, float) - mean)
 
 
 def sign_test(differences: Sequence[float], exchanges: int = EXCHANGES) -> float:
@@ -140,3 +148,10 @@ def sign_test(differences: Sequence[float], exchanges: int = EXCHANGES) -> float
         signs = rng.integers(0, 2, (min(batch, exchanges - start), len(values))) * 2.0 - 1
         at_least += int((np.abs(signs @ values) >= found).sum())
     return at_least / (1 + exchanges)
+
+
+def _student(num: int) -> float:
+    """Returns the quantile of Student's t for the mean of `num` values."""
+    from scipy.special import stdtrit  # `scipy.stats.t` is slow
+
+    return float(stdtrit(num - 1, (1 + LEVEL) / 2))

@@ -6,8 +6,9 @@ and any cut over processes gives the same bits.
 
 A measure has a `size`, the number of statistics per example. `measure(answer, reference, prompt)`
 returns an example's score and statistics, and raises UserError for a reference that it cannot use.
-`values(rows, counts)` returns values [resamples] by name: `rows` [examples, size] are
-statistics, and `counts` [resamples, examples] says how often each example is in a resample.
+`values(sums)` returns values [samples] by name from sums [samples, terms] of a measure's terms:
+`sums(rows, counts)` returns them for `rows` [examples, size] of statistics and `counts` [samples,
+examples], how often each example is in a sample; `terms(rows)` [examples, terms] is what each adds.
 `supports(rows)` returns by name how many examples a value is computed from; None if they are too
 few for an interval. `shares(rows)` returns intervals of values that are shares of these examples.
 
@@ -38,6 +39,7 @@ from sft.evaluate.labels import label_of
 NAMES: tuple[str, ...] = get_args(MetricName)
 FEWEST_OF_A_LABEL = 10  # references of each label that an interval of a macro score needs
 GRID = 2.0**-30  # step of fractional scores: 1e-9; sums below 2**23 stay exact
+AT_ONCE = 2**20  # numbers that are computed at once: 8 MB
 FAILURE = "(none of them)"  # stands for an answer without a label
 Measured = tuple[float, Sequence[float]]  # score of an example by itself, its statistics
 Values = dict[str, np.ndarray]
@@ -59,8 +61,14 @@ class Mean:
         score = 0.0 if answer is None else score
         return score, [round(score / GRID) * GRID]
 
-    def values(self, rows: np.ndarray, counts: np.ndarray) -> Values:
-        return {self.name: counts @ rows[:, 0] / counts.sum(axis=1)}
+    def terms(self, rows: np.ndarray) -> np.ndarray:
+        return np.column_stack([rows, np.ones(len(rows))])
+
+    def sums(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        return counts @ self.terms(rows)
+
+    def values(self, sums: np.ndarray) -> Values:
+        return {self.name: sums[:, 0] / sums[:, 1]}
 
     def supports(self, rows: np.ndarray) -> Supports:
         return {self.name: len(rows)}
@@ -271,10 +279,17 @@ class Sacrebleu:
         (row,) = self._single._extract_corpus_statistics([answer or ""], [[reference]])
         return self._single._compute_score_from_stats(row).score, row
 
-    def values(self, rows: np.ndarray, counts: np.ndarray) -> Values:
-        sums = (counts @ rows).astype(int).tolist()
-        scores = [self._corpus._compute_score_from_stats(each).score for each in sums]
-        return {self.name: np.array(scores)}
+    def terms(self, rows: np.ndarray) -> np.ndarray:
+        return rows
+
+    def sums(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        return counts @ rows
+
+    def values(self, sums: np.ndarray) -> Values:
+        each = sums.astype(int).tolist()
+        return {
+            self.name: np.array([self._corpus._compute_score_from_stats(s).score for s in each])
+        }
 
     def supports(self, rows: np.ndarray) -> Supports:
         return {self.name: len(rows)}
@@ -312,21 +327,28 @@ class Classification:
         column = num if given is None else self.labels.index(given)
         return float(given == truth), [self.labels.index(truth) * (num + 1) + column]
 
-    def values(self, rows: np.ndarray, counts: np.ndarray) -> Values:
-        right, truth, given = self._count(rows, counts)
+    def terms(self, rows: np.ndarray) -> np.ndarray:
+        return np.eye(self._num_cells)[rows[:, 0].astype(int)]
+
+    def sums(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        cells = rows[:, 0].astype(int)
+        return np.array([np.bincount(cells, each, self._num_cells) for each in counts])
+
+    def values(self, sums: np.ndarray) -> Values:
+        right, truth, given = self._count(sums)
         kinds = {
             "precision": _ratio(right, given),
             "recall": _ratio(right, truth),
             "f1": _ratio(2 * right, given + truth),
         }
-        found = {"accuracy": right.sum(axis=1) / counts.sum(axis=1)}
+        found = {"accuracy": right.sum(axis=1) / sums.sum(axis=1)}
         found |= {f"macro_{kind}": each.mean(axis=1) for kind, each in kinds.items()}
         for place, label in enumerate(self.labels):
             found |= {f"{kind}/{label}": each[:, place] for kind, each in kinds.items()}
         return found
 
     def supports(self, rows: np.ndarray) -> Supports:
-        right, truth, given = self._count(rows, np.ones((1, len(rows)))).astype(int)[:, 0].tolist()
+        right, truth, given = self._count(self._all(rows)).astype(int)[:, 0].tolist()
         found: Supports = {"accuracy": len(rows)}
         enough = len(rows) if min(truth) >= FEWEST_OF_A_LABEL else None
         found |= {f"macro_{kind}": enough for kind in ("precision", "recall", "f1")}
@@ -336,7 +358,7 @@ class Classification:
         return found
 
     def shares(self, rows: np.ndarray) -> dict[str, Interval]:
-        right, truth, given = self._count(rows, np.ones((1, len(rows))))[:, 0].tolist()
+        right, truth, given = self._count(self._all(rows))[:, 0].tolist()
         found = {"accuracy": wilson(sum(right) / max(1, len(rows)), len(rows))}
         for label, own, of_truth, of_given in zip(self.labels, right, truth, given, strict=True):
             found[f"precision/{label}"] = wilson(own / max(1, of_given), of_given)
@@ -344,22 +366,27 @@ class Classification:
             found[f"f1/{label}"] = wilson_f1(own, of_truth + of_given - 2 * own)
         return found
 
-    def _count(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Returns numbers [3, resamples, labels] of right, of true and of given labels."""
-        tables = (self._table(rows, each) for each in counts)
-        sums = [[t.diagonal(), t.sum(axis=1), t[:, :-1].sum(axis=0)] for t in tables]
-        return np.array(sums).transpose(1, 0, 2)
+    @property
+    def _num_cells(self) -> int:
+        return len(self.labels) * (len(self.labels) + 1)
 
-    def _table(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Returns confusion counts [label of the reference, label of the answer or FAILURE]."""
-        num = len(self.labels)
-        cells = np.bincount(rows[:, 0].astype(int), counts, num * (num + 1))
-        return cells.reshape(num, num + 1)
+    def _all(self, rows: np.ndarray) -> np.ndarray:
+        return self.sums(rows, np.ones((1, len(rows))))
+
+    def _tables(self, sums: np.ndarray) -> np.ndarray:
+        """Returns confusion counts [samples, label of the reference, label of the answer]."""
+        return sums.reshape(len(sums), len(self.labels), len(self.labels) + 1)
+
+    def _count(self, sums: np.ndarray) -> np.ndarray:
+        """Returns numbers [3, samples, labels] of right, of true and of given labels."""
+        tables = self._tables(sums)
+        right = tables.diagonal(axis1=1, axis2=2)
+        return np.stack([right, tables.sum(axis=2), tables[:, :, :-1].sum(axis=1)])
 
     def confusion(self, rows: np.ndarray) -> dict[str, dict[str, int]]:
         """Returns the number of examples by the reference's label, then by the answer's label."""
         columns = [*self.labels, FAILURE]
-        table = self._table(rows, np.ones(len(rows))).astype(int).tolist()
+        table = self._tables(self._all(rows))[0].astype(int).tolist()
         return {
             label: dict(zip(columns, line, strict=True))
             for label, line in zip(self.labels, table, strict=True)
@@ -382,6 +409,28 @@ MEANS: dict[str, Callable[[str, str, str], float]] = {
 }
 MATCHES = ("exact_match", "normalised_match", "numeric_match", "json_valid")  # each 0 or 1
 Measure = Mean | Sacrebleu | Classification
+
+
+def influences(measure: Measure, rows: np.ndarray) -> Values:
+    """Returns by name how far each example moves a value, times their number [examples].
+
+    It is the jackknife's (Efron 1982): each example is left out once. Equal ones are left out
+    together, and sums change by one example's terms, so the cost is that of the different ones.
+    """
+    num = len(rows)
+    whole = measure.sums(rows, np.ones((1, num)))
+    values = measure.values(whole)
+    if num < 2:
+        return {name: np.zeros(num) for name in values}
+    different, places = np.unique(rows, axis=0, return_inverse=True)
+    batch = max(1, AT_ONCE // whole.shape[1])
+    parts = [different[start : start + batch] for start in range(0, len(different), batch)]
+    without = [measure.values(whole - measure.terms(part)) for part in parts]
+    places = places.reshape(-1)
+    return {
+        name: ((num - 1) * (value - np.concatenate([each[name] for each in without])))[places]
+        for name, value in values.items()
+    }
 
 
 def make_measure(name: str, labels: Sequence[str]) -> Measure:

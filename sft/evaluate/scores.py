@@ -1,16 +1,15 @@
 """Scores all answers together, with 95 % intervals, and compares the scores of two runs.
 
-Shares have Wilson's interval. All other scores have one by their standard error, from
-`scipy.stats.bootstrap` over the examples (`sft/evaluate/intervals.py`). Percentiles of resamples
-are too narrow: they never leave what the examples show. Two runs are compared on the same resamples
-(paired), and a verdict takes into account how many verdicts are in its table.
+Shares have Wilson's interval. All other scores and all differences have one by how far each example
+moves them, the jackknife over examples (`sft/evaluate/intervals.py`). Two runs are compared on the
+same examples (paired), and a verdict takes into account how many verdicts are in its table.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -18,11 +17,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from sft.errors import UserError
-from sft.evaluate.intervals import ALPHA, EXCHANGES, Interval, bounded, holm
-from sft.evaluate.metrics import Classification, Measure, Supports, Verdict, make_measure
+from sft.evaluate.intervals import ALPHA, EXCHANGES, Interval, bounded, holm, of_influences
+from sft.evaluate.metrics import AT_ONCE, Classification, Measure, Verdict, influences, make_measure
 
-RESAMPLES = 1000
-AT_ONCE = 2**20  # examples that are drawn at once, over several resamples: about 40 MB
 TIE = 1e-9  # differences that are this close are equal but for rounding
 Key = TypeVar("Key", bound=Hashable)
 ALWAYS_REPORTED = ("num_examples", "metrics", "intervals")  # even if they are empty
@@ -105,17 +102,19 @@ class Tally:
 
     def intervals(self) -> dict[str, Interval]:
         """Returns 95 % intervals by name, but for scores with too few examples for one."""
-        rows = self.rows
-        errors = _standard_errors(lambda counts: self._stack_values(rows, counts), len(rows))
-        supports, shares = self._supports(rows), self._shares(rows)
         found = {}
-        for (measure, name, values), error in zip(
-            self._values(rows, np.ones((1, len(rows)))), errors.tolist(), strict=True
-        ):
-            if name in shares:
-                found[name] = shares[name]
-            elif (num := supports[name]) is not None:
-                found[name] = bounded(float(values[0]), error, num, 0, measure.most)
+        for measure, part in self._parts(self.rows) if self.num_examples else ():
+            pulls, supports, shares = (
+                influences(measure, part),
+                measure.supports(part),
+                measure.shares(part),
+            )
+            for name, values in measure.values(measure.sums(part, np.ones((1, len(part))))).items():
+                if name in shares:
+                    found[name] = shares[name]
+                elif (num := supports[name]) is not None:
+                    error = float(np.std(pulls[name])) / max(1, len(part) - 1) ** 0.5
+                    found[name] = bounded(float(values[0]), error, num, 0, measure.most)
         return found
 
     def confusion(self) -> dict[str, dict[str, int]]:
@@ -149,48 +148,15 @@ class Tally:
     def _values(
         self, rows: np.ndarray, counts: np.ndarray
     ) -> Iterator[tuple[Measure, str, np.ndarray]]:
-        """Yields (measure, name, values [resamples]); nothing if there are no examples."""
+        """Yields (measure, name, values [samples]); nothing if there are no examples."""
         for measure, part in self._parts(rows) if len(rows) else ():
-            for name, values in measure.values(part, counts).items():
+            for name, values in measure.values(measure.sums(part, counts)).items():
                 yield measure, name, values
 
-    def _supports(self, rows: np.ndarray) -> Supports:
-        return {k: v for each, part in self._parts(rows) for k, v in each.supports(part).items()}
-
-    def _shares(self, rows: np.ndarray) -> dict[str, Interval]:
-        return {k: v for each, part in self._parts(rows) for k, v in each.shares(part).items()}
-
     def _stack_values(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Returns values [names, resamples]."""
+        """Returns values [names, samples]."""
         found = [values for *_, values in self._values(rows, counts)]
         return np.array(found).reshape(-1, len(counts))
-
-
-def _standard_errors(evaluate: Callable[[np.ndarray], np.ndarray], num_examples: int) -> np.ndarray:
-    """Returns standard errors [names] by bootstrap over the examples; 0 for less than two examples.
-
-    `evaluate` maps counts [resamples, examples] to values [names, resamples]. A count says how
-    often a resample has an example.
-    """
-    if num_examples < 2:
-        return evaluate(np.ones((1, num_examples)))[:, 0] * 0
-    from scipy.stats import bootstrap
-
-    def statistic(places: np.ndarray, axis: int) -> np.ndarray:
-        # Each resample gets bins of its own, so one call counts all of them.
-        bins = places + np.arange(len(places))[:, None] * num_examples
-        counts = np.bincount(bins.ravel(), minlength=bins.size).reshape(bins.shape)
-        return evaluate(counts.astype(float))
-
-    return bootstrap(
-        (np.arange(num_examples),),
-        statistic,
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        batch=max(1, AT_ONCE // num_examples),
-        method="percentile",
-        rng=0,
-    ).standard_error
 
 
 @dataclass(frozen=True)
@@ -233,22 +199,39 @@ class PairedValues(NamedTuple):
 
 def paired_intervals(a: Tally, b: Tally) -> dict[str, PairedValues]:
     """Returns the differences of `b` from `a`, two tallies of the same examples, by name."""
-    rows_a, rows_b, num = a.rows, b.rows, a.num_examples
+    rows_a, rows_b = a.rows, b.rows
     assert np.array_equal(rows_a[:, 0], rows_b[:, 0]), "not the same examples"
-    errors = _standard_errors(
-        lambda counts: b._stack_values(rows_b, counts) - a._stack_values(rows_a, counts), num
-    )
-    once, found = np.ones((1, num)), {}
-    supports_a, supports_b = a._supports(rows_a), b._supports(rows_b)
-    for (measure, name, of_a), (_, _, of_b), error in zip(
-        a._values(rows_a, once), b._values(rows_b, once), errors.tolist(), strict=True
-    ):
-        value_a, value_b = float(of_a[0]), float(of_b[0])
-        difference, most = value_b - value_a, measure.most
+    found: dict[str, PairedValues] = {}
+    for (measure, of_a), (_, of_b) in zip(a._parts(rows_a), b._parts(rows_b), strict=True):
+        if len(rows_a):
+            found |= _paired(measure, of_a, of_b)
+    return found
+
+
+def _paired(measure: Measure, of_a: np.ndarray, of_b: np.ndarray) -> dict[str, PairedValues]:
+    """Returns `paired_intervals` of one measure, from its statistics of both runs.
+
+    Examples may not show how widely runs differ. So one more is counted which differs as much as
+    those that do (the mean square), half to each side; as much as possible, if none does.
+    """
+    differs, once = (of_a != of_b).any(axis=1), np.ones((1, len(of_a)))
+    values_a, values_b = (measure.values(measure.sums(each, once)) for each in (of_a, of_b))
+    pulls_a, pulls_b = influences(measure, of_a), influences(measure, of_b)
+    supports_a, supports_b = measure.supports(of_a), measure.supports(of_b)
+    found = {}
+    for name in values_a:
+        value_a, value_b = float(values_a[name][0]), float(values_b[name][0])
+        difference, pulls = value_b - value_a, pulls_b[name] - pulls_a[name]
         support_a, support_b = supports_a[name], supports_b[name]
         low = high = None
         if support_a is not None and support_b is not None:
-            low, high = bounded(difference, error, min(support_a, support_b), -most, most)
+            most, num = measure.most, min(support_a, support_b)
+            moved = difference + pulls[differs & (pulls != 0)]
+            extra = most * len(pulls) / max(1, num)
+            if len(moved):
+                extra = float(np.sqrt(np.mean(moved**2)))
+            low, high = of_influences(difference, pulls, extra, num)
+            low, high = max(-most, low), min(most, high)
         found[name] = PairedValues(value_a, value_b, difference, low, high)
     return found
 
