@@ -333,7 +333,7 @@ def _attempt(
         "processes": str(planned.world_size),
         "engine": train.engine,
         "settings of DeepSpeed": settings or "none",
-        "tokens of a micro-batch": f"{planned.budget.max_tokens} {planned.budget.layout}",
+        "tokens of a micro-batch": str(planned.budget),
         "precision": planned.precision,
         **software(),
     }

@@ -185,7 +185,9 @@ def test_where_memory_runs_out_the_same_global_batch_is_done_in_smaller_pieces(
     assert torch.allclose(weights(built), weights(rich), atol=1e-6)
     assert built.task.budget.max_tokens < 40
     logged = [line for line in built.log.lines if "memory ran out" in line]
-    assert logged
+    recorded = [event for event in built.log.events if event["event"] == "cut"]
+    assert (recorded[-1]["tokens"], recorded[0]["after_step"]) == (str(built.task.budget), 1)
+    assert len(recorded) == len(logged)
     assert f"train.max_tokens is {built.task.budget.max_tokens} from here on" in logged[-1]
 
 

@@ -100,6 +100,21 @@ def test_a_reviewer_without_the_run_repeats_it_from_its_beginning(
     assert "same" in shown.split("repeated checkpoint_step_4")[1].splitlines()[0]
 
 
+def test_smaller_micro_batches_in_the_middle_of_a_run_are_another_place(copied, forking, capsys):
+    """As they are after memory ran out. Steps before them are those of the place."""
+    event = {"event": "cut", "after_step": 4, "tokens": "128 padded"}
+    with (copied / "history.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(event) + "\n")
+    made = receipt.make(copied)
+    assert [each.after_step for each in made.attempts] == [0, 4]
+    assert [len(made.attempts_of(*steps)) for steps in ((1, 4), (4, 5), (5, 6))] == [1, 2, 1]
+    receipt.write(made, copied / receipt.NAME)
+    verify(copied, "--steps", "4-6")
+    assert "in place of 128 padded" in " ".join(capsys.readouterr().out.split())
+    verify(copied, "--steps", "3-4")
+    assert "in place of" not in capsys.readouterr().out
+
+
 def test_another_cut_has_the_same_examples_and_dropout_is_named(trained, forking, capsys):
     verify(trained / "run", "--steps", "1-2", "train.max_tokens=256")
     shown = capsys.readouterr().out

@@ -31,6 +31,9 @@ class Budget:
     max_rows: int | None = None  # maximum number of examples
     shared_by: int = 1  # processes that compute a micro-batch together, each a part of its tokens
 
+    def __str__(self) -> str:
+        return f"{self.max_tokens} {self.layout}"
+
 
 def steps_per_epoch(num_examples: int, global_batch: int) -> int:
     """Returns the optimizer steps of one epoch; the last may have a smaller batch."""

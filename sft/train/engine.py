@@ -323,6 +323,7 @@ class Engine:
                 "that save memory"
             )
         self.task.budget = budget
+        self.log.record({"event": "cut", "after_step": self.step, "tokens": str(budget)})
         self.log.say(
             f"step {self.step + 1:,}: memory ran out ({oom.reason}); the step is repeated, and "
             f"train.max_tokens is {budget.max_tokens:,} from here on; the result stays the same"

@@ -35,6 +35,7 @@ from sft.train.checkpoints import identity
 
 NAME = "receipt.json"
 NAMESPACE = "sft-receipt"  # of signatures: one for another purpose is not accepted
+CUT = "tokens of a micro-batch"  # in a place
 START = sha256(b"").hexdigest()  # the link before the first step
 LIMIT = 2**30  # bytes of a receipt, and of metrics.jsonl
 REPORTS = {
@@ -61,7 +62,7 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Attempt(_Strict):
-    """A start or a resume of the run."""
+    """A start or a resume of the run, or a smaller cut from a step on, since memory ran out."""
 
     after_step: int
     identity: dict[str, str]
@@ -116,9 +117,11 @@ class Receipt(_Strict):
         values = self.model_dump(mode="json", exclude={"sha256"})
         return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
-    def attempt_of(self, step: int) -> Attempt:
-        """Returns the attempt that made a step."""
-        return [each for each in self.attempts if each.after_step < step][-1]
+    def attempts_of(self, first: int, last: int) -> list[Attempt]:
+        """Returns the attempts that made these steps."""
+        ends = [each.after_step for each in self.attempts[1:]] + [last]
+        pairs = zip(self.attempts, ends, strict=True)
+        return [each for each, end in pairs if each.after_step < last and first <= end]
 
     def all_steps(self) -> dict[int, Step]:
         return {each.step: each for each in self.steps}
@@ -185,6 +188,13 @@ def _history(run: Path) -> tuple[list[Attempt], dict[int, str]]:
             checkpoints = {step: each for step, each in checkpoints.items() if step <= after}
             attempts = [each for each in attempts if each.after_step < after]
             attempts.append(Attempt(**event))
+        elif kind == "cut":
+            place = attempts[-1].place | {CUT: event["tokens"]}
+            changed = attempts[-1].model_copy(
+                update={"after_step": event["after_step"], "place": place}
+            )
+            attempts = [each for each in attempts if each.after_step < changed.after_step]
+            attempts.append(changed)
         else:
             checkpoints[event["step"]] = event["tensors_sha256"]
     return attempts, checkpoints

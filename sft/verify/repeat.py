@@ -21,9 +21,9 @@ from sft.runtime import checkpoint, run_folder
 from sft.runtime.console import bar
 from sft.tasks.registry import task_of
 from sft.verify import laws, runs
-from sft.verify.receipt import Finding, Receipt, Step, deviation, differences, make
+from sft.verify.receipt import CUT, Finding, Receipt, Step, deviation, differences, make
 
-CUT = ("processes", "tokens of a micro-batch")  # of a place: on these dropout depends, too
+OF_CUT = ("processes", CUT)  # of a place: on these dropout depends, too
 # Allowed relative deviation of a loss in another place: law 1's in fp32, else units of rounding.
 BOUNDS = {"fp32": laws.LOSS, "fp16": 2**-9, "bf16": 2**-6}
 
@@ -79,13 +79,14 @@ def repeat(
     by default as it was. `scratch` takes the files of the repeated run.
     """
     first, last = window
-    attempt, start = receipt.attempt_of(first), find_start(receipt, run, first)
-    world = world or int(attempt.place["processes"])
+    places = [attempt.place for attempt in receipt.attempts_of(first, last)]
+    start = find_start(receipt, run, first)
+    world = world or int(places[0]["processes"])
     begun = run_folder.step_of(start) if start else 0
     file, folder = scratch / "config.yaml", scratch / "run"
     file.write_text(dump_config(with_values(config, _values(config, folder, start, last))), "utf-8")
     program = ["-m", "sft.verify.runs", f"saved:{last}", "train", "--config", str(file)]
-    threads = int(attempt.place["threads"])
+    threads = int(places[0]["threads"])
     with ThreadPoolExecutor(1) as pool, bar(console, "steps", last - begun) as advance:
         done, shown = pool.submit(runs.run_fresh, world, folder, program, None, threads), begun
         while not done.done():
@@ -104,11 +105,11 @@ def repeat(
     if found.keys() != expected.keys():
         reason = f"{len(found)} of {len(expected)} were repeated: {outcome.reason}"
         return [Finding(f"steps {first} to {last}", reason, False)]
-    others = differences(repeated.attempts[-1].place, attempt.place)
-    random = (
-        random_settings(config, scratch) if any(each.startswith(CUT) for each in others) else []
-    )
-    findings = _compare(found, expected, others, BOUNDS[attempt.place["precision"]], random)
+    here = repeated.attempts[-1].place
+    others = [*dict.fromkeys(each for place in places for each in differences(here, place))]
+    is_cut = any(each.startswith(OF_CUT) for each in others)
+    random = random_settings(config, scratch) if is_cut else []
+    findings = _compare(found, expected, others, BOUNDS[places[0]["precision"]], random)
     for name, known in _weights(receipt, last):
         if (folder / name).exists():
             same = checkpoint.tensors_sha256(folder / name) == known

@@ -34,9 +34,13 @@ class Said(Log):
     def __init__(self) -> None:
         super().__init__(None)
         self.lines: list[Any] = []
+        self.events: list[dict[str, Any]] = []
 
     def say(self, text: Any) -> None:
         self.lines.append(text)
+
+    def record(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
 
 
 class Spy:
