@@ -16,7 +16,7 @@ ALPHA = 0.05  # a verdict needs a smaller adjusted p-value
 EXCHANGES = 9999  # p-values from 0.0001, so Holm's method has room for 500
 AT_ONCE = 2**22  # signs that are drawn at once: about 60 MB
 Z = 1.959964  # quantile of the normal distribution that leaves 5 % outside
-AT_BOUND = 0.25  # of an example, that is counted at each bound of a score
+AT_BOUND = 0.15  # of an example, counted at each bound of a score (benchmarks/intervals.py)
 Interval = tuple[float, float]
 Key = TypeVar("Key", bound=Hashable)
 
@@ -51,7 +51,7 @@ def bounded(value: float, error: float, num: int, least: float = 0, most: float 
 
     It is Wilson's for the number of 0/1 scores that would have the same error, as samples with
     weights have it (Korn and Graubard 1998), with the quantile of Student's t. `num` examples may
-    not show how widely scores vary, so a quarter of an example more is counted at each bound.
+    not show how widely scores vary, so a part of an example more is counted at each bound.
     """
     if num < 2:
         return least, most
