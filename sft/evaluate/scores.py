@@ -104,11 +104,8 @@ class Tally:
         """Returns 95 % intervals by name, but for scores with too few examples for one."""
         found = {}
         for measure, part in self._parts(self.rows) if self.num_examples else ():
-            pulls, supports, shares = (
-                influences(measure, part),
-                measure.supports(part),
-                measure.shares(part),
-            )
+            pulls = influences(measure, part)
+            supports, shares = measure.supports(part), measure.shares(part)
             for name, values in measure.values(measure.sums(part, np.ones((1, len(part))))).items():
                 if name in shares:
                     found[name] = shares[name]
