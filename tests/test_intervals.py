@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, t
 
-from sft.evaluate.intervals import bounded, holm, wilson, wilson_f1
+from sft.evaluate.intervals import bounded, holm, of_difference, wilson, wilson_f1
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,6 +74,27 @@ def test_a_bounded_interval_contains_the_value_and_keeps_the_bounds(value, error
 def test_with_many_examples_it_is_the_interval_of_student():
     low, high = bounded(0.6, 0.002, 10_000)
     assert (low, high) == pytest.approx(t(9999, 0.6, 0.002).interval(0.95), abs=1e-4)
+
+
+def test_a_difference_reaches_as_far_as_an_example_more_and_skewness_ask_for():
+    equal = of_difference(0.0, np.zeros(30), np.zeros(30, bool), most=1)
+    assert equal[1] == -equal[0] > 0  # no example differs, but another may
+    assert of_difference(0.0, np.zeros(30), np.zeros(30, bool)) == (0, 0)  # how much is not known
+    gained = np.repeat([0.0, 1.0], [24, 6])
+    low, high = of_difference(0.2, gained - 0.2, gained != 0, most=1)
+    more = np.append(gained, [1, -1])  # half an example each
+    weights = np.append(np.ones(30), [0.5, 0.5])
+    deviation = np.sqrt(
+        np.average((more - np.average(more, weights=weights)) ** 2, weights=weights)
+    )
+    half = t(29).ppf(0.975) * deviation / 29**0.5
+    assert low == pytest.approx(
+        0.2 - half
+    )  # Student's, as skewness makes only the other side longer
+    assert high > 0.2 + half
+    again = of_difference(-0.2, 0.2 - gained, gained != 0, most=1)
+    assert again == pytest.approx((-high, -low))
+    assert of_difference(0.9, np.tile([-3.0, 3.0], 2), np.ones(4, bool), most=1) == (-1, 1)
 
 
 def test_holm_adjusts_as_in_its_definition():

@@ -30,6 +30,7 @@ from sft.evaluate.intervals import (
     Interval,
     bounded,
     difference_of_ratios,
+    of_difference,
     sign_test,
     unbounded,
     wilson,
@@ -79,7 +80,7 @@ def make_interval(kind: str, rows: Rows, weights: Mapping[str, float]) -> Interv
         together = np.concatenate(scores)
         if len(scores) == 1 and set(together) <= {0, 1}:
             return wilson(float(together.mean()), len(together))
-        return _interval_of_mean(scores, [*weights.values()], least=0)
+        return _interval_of_mean(scores, [*weights.values()])
     if kind in ("perplexity", "bits"):
         likelihoods, own = _with_weights(columns[0]).T
         if len(own) < 2:
@@ -94,17 +95,15 @@ def _with_weights(statistics: np.ndarray) -> np.ndarray:
     return np.column_stack([statistics, np.ones(len(statistics))])[:, :2]
 
 
-def _interval_of_mean(
-    scores: Sequence[np.ndarray], weights: Sequence[float], least: float
-) -> Interval | None:
+def _interval_of_mean(scores: Sequence[np.ndarray], weights: Sequence[float]) -> Interval | None:
     """Returns the interval of a weighted mean of means: Wilson's with an effective number if all
-    scores are between `least` and 1, else Student's t for one task, and none for several."""
+    scores are between 0 and 1, else Student's t for one task, and none for several."""
     together = np.concatenate(scores)
-    if together.min() >= least and together.max() <= 1:
+    if together.min() >= 0 and together.max() <= 1:
         pairs = list(zip(scores, weights, strict=True))
         value = sum(weight * float(own.mean()) for own, weight in pairs)
         error = math.sqrt(sum(weight**2 * float(own.var()) / len(own) for own, weight in pairs))
-        return bounded(value, error, len(together), least, 1)
+        return bounded(value, error, len(together))
     return unbounded(together.tolist()) if len(scores) == 1 else None
 
 
@@ -229,11 +228,18 @@ def _compare(score: Score, other: Score, of_a: Benchmarked, of_b: Benchmarked) -
     rows_a, rows_b = ([*_columns(score, each)] for each in (of_a, of_b))
     difference = other.value - score.value
     if score.kind == "mean":
-        pairs = list(zip(rows_a, rows_b, score.weights.values(), strict=True))
-        gained = [b[:, 0] - a[:, 0] for a, b, _ in pairs]
-        shares = [own * (w / len(own)) for own, (_, _, w) in zip(gained, pairs, strict=True)]
-        interval = _interval_of_mean(gained, [*score.weights.values()], least=-1)
-        p_value = sign_test(np.concatenate(shares).tolist())
+        # What each example adds to the difference, by task.
+        shares = [
+            (b[:, 0] - a[:, 0]) * (weight / len(a))
+            for a, b, weight in zip(rows_a, rows_b, score.weights.values(), strict=True)
+        ]
+        together = np.concatenate(shares)
+        interval, p_value = None, sign_test(together.tolist())
+        if len(together) > 1:
+            pulls = np.concatenate([len(together) * (own - own.mean()) for own in shares])
+            scores = np.concatenate([*rows_a, *rows_b])[:, 0]
+            most = 1.0 if np.abs(scores).max() <= 1 else math.inf
+            interval = of_difference(difference, pulls, together != 0, most=most)
     else:
         (a,), (b,) = ([_with_weights(each) for each in rows] for rows in (rows_a, rows_b))
         interval, p_value = None, sign_test((b[:, 0] - a[:, 0]).tolist())

@@ -99,6 +99,27 @@ def of_influences(
     return low, value + deviation * max(plain, -corrected(-normal))
 
 
+def of_difference(
+    value: float,
+    influences: np.ndarray,
+    differs: np.ndarray,
+    num: int | None = None,
+    most: float = math.inf,
+) -> Interval:
+    """Returns the interval of the difference of two runs' scores of the same examples.
+
+    `differs` [examples]: whether the runs do. Examples may not show how widely runs differ. So one
+    more is counted, which differs as much as those that do (the mean square), half to each side; as
+    much as possible, `most`, if none does. `num` as for `of_influences`.
+    """
+    moved = value + influences[differs & (influences != 0)]
+    extra = most * len(influences) / max(1, num or len(influences))
+    if len(moved) or math.isinf(most):
+        extra = math.sqrt(np.mean(moved**2)) if len(moved) else 0.0
+    low, high = of_influences(value, influences, extra, num)
+    return max(-most, low), min(most, high)
+
+
 def difference_of_ratios(before: np.ndarray, now: np.ndarray, weights: np.ndarray) -> Interval:
     """Returns the interval of sum(now) / sum(weights) - sum(before) / sum(weights).
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from sft.errors import UserError
-from sft.evaluate.intervals import ALPHA, EXCHANGES, Interval, bounded, holm, of_influences
+from sft.evaluate.intervals import ALPHA, EXCHANGES, Interval, bounded, holm, of_difference
 from sft.evaluate.metrics import AT_ONCE, Classification, Measure, Verdict, influences, make_measure
 
 TIE = 1e-9  # differences that are this close are equal but for rounding
@@ -206,11 +206,7 @@ def paired_intervals(a: Tally, b: Tally) -> dict[str, PairedValues]:
 
 
 def _paired(measure: Measure, of_a: np.ndarray, of_b: np.ndarray) -> dict[str, PairedValues]:
-    """Returns `paired_intervals` of one measure, from its statistics of both runs.
-
-    Examples may not show how widely runs differ. So one more is counted which differs as much as
-    those that do (the mean square), half to each side; as much as possible, if none does.
-    """
+    """Returns `paired_intervals` of one measure, from its statistics of both runs."""
     differs, once = (of_a != of_b).any(axis=1), np.ones((1, len(of_a)))
     values_a, values_b = (measure.values(measure.sums(each, once)) for each in (of_a, of_b))
     pulls_a, pulls_b = influences(measure, of_a), influences(measure, of_b)
@@ -222,13 +218,8 @@ def _paired(measure: Measure, of_a: np.ndarray, of_b: np.ndarray) -> dict[str, P
         support_a, support_b = supports_a[name], supports_b[name]
         low = high = None
         if support_a is not None and support_b is not None:
-            most, num = measure.most, min(support_a, support_b)
-            moved = difference + pulls[differs & (pulls != 0)]
-            extra = most * len(pulls) / max(1, num)
-            if len(moved):
-                extra = float(np.sqrt(np.mean(moved**2)))
-            low, high = of_influences(difference, pulls, extra, num)
-            low, high = max(-most, low), min(most, high)
+            num = min(support_a, support_b)
+            low, high = of_difference(difference, pulls, differs, num, measure.most)
         found[name] = PairedValues(value_a, value_b, difference, low, high)
     return found
 
