@@ -285,10 +285,16 @@ def summary(coverage: list[dict[str, Any]]) -> list[str]:
         cells[kind][row["num"]].append(100 * row["coverage"])
     lines = [f"| coverage in % | {' | '.join(map(str, SIZES))} |", "|---" * 5 + "|"]
     for kind, found in cells.items():
-        each = [found[num] for num in SIZES]
-        shown = (f"{np.mean(c):.1f} ({min(c):.1f} to {max(c):.1f})" if c else "-" for c in each)
-        lines.append(f"| {kind} | {' | '.join(shown)} |")
+        lines.append(f"| {kind} | {' | '.join(_spread(found[num]) for num in SIZES)} |")
     return lines
+
+
+def _spread(values: list[float]) -> str:
+    """Returns the mean, and in brackets lowest and highest if there are several."""
+    if not values:
+        return "-"
+    both = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{both}"
 
 
 def main() -> None:
