@@ -314,6 +314,7 @@ EXPECTED = {
     "evaluate/drift.py": {"unlink": 1, "replace": 1},  # the base's answers: a part to its name
     "tasks/distill/histories.py": {"unlink": 2, "replace": 1},  # .goal_*; the state of a group
     "tasks/distill/source.py": {"replace": 1},  # the state of a group: a part to its name
+    "serve/vllm_engine.py": {"rmtree": 1},  # a temporary folder of its own
     "serve/merge.py": {"rmdir": 1, "rename": 1, "replace": 1},  # an empty output; what is staged
     "plan/records.py": {"unlink": 1},  # <24 hexadecimal digits>.json
     "data/remote.py": {"unlink": 4, "rmtree": 1, "replace": 1},  # digests as names, in remote/

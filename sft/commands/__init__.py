@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from itertools import groupby
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from sft import __version__, cli
@@ -152,6 +153,9 @@ def main(verb: str | None = None) -> NoReturn:
     words = sys.argv[1:]
     if verb is None:
         verb, words = (words or ["--help"])[0], words[1:]
+    else:  # Python searches the folder of a script first, where evaluate.py hides that package
+        folder = str(Path(sys.argv[0]).resolve().parent)
+        sys.path[:] = [each for each in sys.path if each != folder]
     cli.run(lambda: run(verb, words))
 
 

@@ -36,6 +36,7 @@ from sft.evaluate.intervals import (
     wilson,
 )
 from sft.evaluate.scores import Difference, judge
+from sft.runtime import plain
 from sft.runtime.console import beginning, table
 
 FOLDER = "benchmark"  # in evaluation/ of a run
@@ -174,17 +175,9 @@ def find_folder(path: Path) -> Path | None:
     """Returns the folder of results at `path`, of a file in it, or in evaluation/ of a run."""
     beside = path.parent if path.name in (METRICS, PREDICTIONS) else path
     for folder in (beside, path / "evaluation" / FOLDER):
-        if "lm_eval" in _read_metrics(folder):
+        if "lm_eval" in plain.read_json(folder / METRICS):
             return folder
     return None
-
-
-def _read_metrics(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / METRICS).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def compare_benchmarks(a: Path, b: Path) -> BenchmarkComparison:
@@ -304,14 +297,14 @@ def _describe_differences(
 
 
 def _read(folder: Path) -> Benchmarked:
-    values, examples = _read_metrics(folder), dict[str, Any]()
+    values, examples = plain.read_json(folder / METRICS), dict[str, Any]()
     path = folder / PREDICTIONS
     try:
         scores = {
             name: Score(**(own | {"interval": own["interval"] and tuple(own["interval"])}))
             for name, own in values["scores"].items()
         }
-        with path.open(encoding="utf-8") as file:
+        with plain.open_file(path, "r", encoding="utf-8") as file:
             for line in file:
                 record = json.loads(line)
                 own = examples.setdefault(record["task"], {})
