@@ -134,8 +134,8 @@ def test_a_run_is_uploaded_with_its_card_and_without_paths(run, hub, monkeypatch
         "| data, sha256 | 728dc3 |",
         "| exact match | 0.95 [0.91, 0.97] |",
         "| run | sft | what was trained | ends of 3 answers: the same |",
-        "| exact_match | 0 | 0.935 | 0.935 [0.891, 0.962] | better |",
-        "| drift, all: KL 2.67 [2.42, 2.98], agreement 0.711 [0.683, 0.737] | | | | no limit |",
+        "| exact_match | 0 | 0.935 | 0.935 [0.887, 0.972] | better |",
+        "| drift, all: KL 2.67 [2.39, 2.98], agreement 0.711 [0.683, 0.737] | | | | no limit |",
     ):
         assert part in card
     texts = [data for name, data in hub.files.items() if name.endswith((".json", ".md"))]
