@@ -1,6 +1,7 @@
 """Plans the models of docs/recipes on four GPUs, and writes the plans into their pages.
 
-    python benchmarks/recipes.py [--models qwen3 llama31 gemma3 gpt_oss]    plans: 7 minutes each
+    python benchmarks/recipes.py [--models qwen3 llama31 gemma3 gpt_oss]    plans: 10 minutes each
+    python benchmarks/recipes.py --plans        only what `make plan` prints; rows stay as they are
     python benchmarks/recipes.py --pages        writes the results into the pages
 
 Shapes are those of the models' own config.json, and their parameters are counted. Nothing is run:
@@ -53,7 +54,7 @@ NAMES = {
     "gemma3": "Gemma-3-12B",
     "gpt_oss": "gpt-oss-20b",
 }
-PLANNED = ("lora", "qlora")  # the first one that fits
+PLANNED = ("lora", "qlora")  # of each card: the first one that fits
 PARAMETERS = {  # as published
     "qwen3": 8_190_735_360,
     "llama31": 8_030_261_248,
@@ -178,9 +179,9 @@ def longest_rows(folder: Path, model: str, changes: dict[str, Any]) -> dict[int,
 SHOWN = ("verdict", "batch", "memory", "auto train.gradient_checkpointing")
 
 
-def plan_of(folder: Path, model: str, tuning: str, gib: int) -> dict[str, Any]:
-    """Returns the plan of one global batch of rows of TOKENS tokens, with lines that it prints."""
-    config = configured(folder, model, TOKENS, TUNINGS[tuning])
+def plan_of(folder: Path, model: str, tuning: str, gib: int, tokens: int) -> dict[str, Any]:
+    """Returns the plan of one global batch of rows of so many tokens, with lines that it prints."""
+    config = configured(folder, model, tokens, TUNINGS[tuning])
     workload = FineTune.uniform_workload(config)
     found = make_plan(config, workload, machine_of(CARDS[gib]), 1, is_question=True)
     assert not found.missing_bytes
@@ -189,6 +190,7 @@ def plan_of(folder: Path, model: str, tuning: str, gib: int) -> dict[str, Any]:
     return {
         "card": CARDS[gib],
         "tuning": tuning,
+        "row_tokens": tokens,
         "base_parameters": found.num_parameters - found.num_trained,
         "trained": found.num_trained,
         "max_tokens": found.budget.max_tokens,
@@ -198,20 +200,29 @@ def plan_of(folder: Path, model: str, tuning: str, gib: int) -> dict[str, Any]:
     }
 
 
-def measure(model: str) -> dict[str, Any]:
+def measure(model: str, longest: dict[str, dict[str, int]] | None) -> dict[str, Any]:
+    """Returns the longest rows, or those that are given, and the plan of each card."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        longest = {}
-        for tuning, changes in TUNINGS.items():
-            longest[tuning] = longest_rows(folder, model, changes)
-            print(model, tuning, longest[tuning], flush=True)
-        gib, tuning = smallest(longest)
-        return {"longest": longest, "plan": plan_of(folder, model, tuning, gib)}
+        if longest is None:
+            longest = {}
+            for tuning, changes in TUNINGS.items():
+                found = longest_rows(folder, model, changes)
+                longest[tuning] = {str(gib): tokens for gib, tokens in found.items()}
+                print(model, tuning, longest[tuning], flush=True)
+        plans = {}
+        for gib in CARDS:
+            tokens, tuning = most_rows(longest, gib)
+            if tokens:
+                plans[str(gib)] = plan_of(folder, model, tuning, gib, tokens)
+                print(model, *plans[str(gib)]["lines"], sep="\n  ", flush=True)
+        return {"longest": longest, "plans": plans}
 
 
-def smallest(longest: dict[str, dict[int, int]]) -> tuple[int, str]:
-    """Returns the smallest card for adapters and rows of TOKENS tokens, and the way of tuning."""
-    return next((gib, t) for gib in CARDS for t in PLANNED if longest[t][gib] >= TOKENS)
+def most_rows(longest: dict[str, dict[str, int]], gib: int) -> tuple[int, str]:
+    """Returns the tokens of a row that a card is planned with, at most TOKENS, and the tuning."""
+    rows = [(min(TOKENS, longest[tuning][str(gib)]), tuning) for tuning in PLANNED]
+    return max(rows, key=lambda row: row[0])  # of equal ones the first
 
 
 def block(found: dict[str, Any]) -> str:
@@ -221,15 +232,17 @@ def block(found: dict[str, Any]) -> str:
     for tuning, longest in found["longest"].items():
         rows.append([tuning, *(f"{n:,}" if n else "-" for n in longest.values())])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    plan = found["plan"]
-    asked = f"GPU={plan['card']} TUNING={plan['tuning']} SEQ={TOKENS}"
-    code = "\n".join(line for text in plan["lines"] for line in _wrapped(text))
     tried = ", ".join(f"{tokens:,}" for tokens in LENGTHS)
-    return (
+    text = (
         f"{table}\n\nThe longest of rows of {tried} tokens that fits, one at a time, "
-        f"checkpointed; `-`: none.\n`make plan MODEL=... {asked}` prints, among others "
-        f"(predicted, not run):\n\n```\n{code}\n```"
+        f"checkpointed; `-`: none.\nWhat `make plan MODEL=...` prints, among others (predicted, "
+        "not run):"
     )
+    for gib, plan in found["plans"].items():
+        asked = f"GPU={plan['card']} TUNING={plan['tuning']} SEQ={plan['row_tokens']}"
+        code = "\n".join(line for text in plan["lines"] for line in _wrapped(text))
+        text += f"\n\n{gib} GB, with `{asked}`:\n\n```\n{code}\n```"
+    return text
 
 
 def _wrapped(line: str) -> list[str]:
@@ -264,18 +277,23 @@ def with_block(page: str, text: str) -> str:
     return f"{begin}{BEGIN}\n\n{text}\n\n{END}{end}"
 
 
+def read_results() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--plans", action="store_true", help="keep the longest rows")
     parser.add_argument("--pages", action="store_true", help="write the results into the pages")
     given = parser.parse_args()
     for model in [] if given.pages else given.models:
-        found = json.loads(json.dumps(measure(model)))
-        results = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
+        found = measure(model, read_results()[model]["longest"] if given.plans else None)
+        results = read_results()  # another process may have added to them
         ordered = {name: (results | {model: found}).get(name) for name in SHAPES}
         RESULTS.write_text(json.dumps({k: v for k, v in ordered.items() if v}, indent=1) + "\n")
     if given.pages:
-        write_pages(json.loads(RESULTS.read_text("utf-8")))
+        write_pages(read_results())
 
 
 if __name__ == "__main__":

@@ -68,9 +68,13 @@ def test_the_plans_of_the_pages_are_those_of_the_results():
 
 @pytest.mark.parametrize("model", RESULTS)
 def test_the_models_that_are_planned_have_their_published_size(model):
-    plan = RESULTS[model]["plan"]
-    assert plan["base_parameters"] == recipes.PARAMETERS[model]
-    assert plan["reserved_bytes"] <= plan["usable_bytes"]
+    plans = RESULTS[model]["plans"]
+    assert plans
+    for gib, plan in plans.items():
+        assert plan["base_parameters"] == recipes.PARAMETERS[model]
+        assert plan["reserved_bytes"] <= plan["usable_bytes"]
+        longest = RESULTS[model]["longest"][plan["tuning"]][gib]
+        assert plan["row_tokens"] == min(recipes.TOKENS, longest)
 
 
 @pytest.mark.parametrize(("model", "file"), [("qwen3", "Qwen3-8B"), ("llama31", "Llama-3.1-8B")])
@@ -86,9 +90,10 @@ def test_shapes_are_those_of_the_published_files(shared, model, file):
 @pytest.mark.thorough("the plan of small shapes: test_plan")
 def test_a_plan_of_the_results_is_made_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    plan = RESULTS["qwen3"]["plan"]
+    plan = RESULTS["qwen3"]["plans"]["16"]
     (gib,) = (gib for gib, card in recipes.CARDS.items() if card == plan["card"])
-    assert recipes.plan_of(tmp_path, "qwen3", plan["tuning"], gib) == plan
+    again = recipes.plan_of(tmp_path, "qwen3", plan["tuning"], gib, plan["row_tokens"])
+    assert again == plan
 
 
 # --- rows -------------------------------------------------------------------------------
