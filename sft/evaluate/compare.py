@@ -253,7 +253,8 @@ def difference_table(title: str, found: dict[str, Difference], a: str, b: str) -
 
 def describe_verdicts(num: int) -> str:
     """Returns the note below a table of so many verdicts."""
-    return f"a verdict needs p < 0.05, adjusted for {num} comparisons (Holm)"
+    adjusted = f", adjusted for {num} comparisons (Holm)" if num > 1 else ""
+    return f"a verdict needs p < 0.05{adjusted}"
 
 
 def colour_verdict(verdict: Verdict) -> Text:
