@@ -52,18 +52,6 @@ def own_server(name: Path) -> Iterator[str]:
 
 
 @contextmanager
-def llama_server(file: Path) -> Iterator[str]:
-    import xllamacpp
-
-    given = xllamacpp.CommonParams()
-    given.model.path, given.n_ctx, given.port, given.hostnames = str(file), 512, 0, ["127.0.0.1"]
-    given.n_parallel, given.warmup, given.verbosity, given.cpuparams.n_threads = 1, False, -1, 1
-    server = xllamacpp.Server(given)
-    yield server.listening_address
-    del server
-
-
-@contextmanager
 def vllm_server(name: Path) -> Iterator[str]:
     words = [*vllm.command(str(name)), "--host", "127.0.0.1", "--port", str(PORT)]
     words += ["--dtype", "float32", "--enforce-eager"]
@@ -124,7 +112,7 @@ def main() -> None:
         if "llama.cpp" in args.parts:
             for kind in QUANTISATIONS:
                 file = gguf_files.write_gguf(merged, merged / f"{kind}.gguf", kind)
-                with llama_server(file) as url:
+                with gguf_files.llama_server(file) as url:
                     found[f"GGUF {kind}, llama.cpp"] = measure(url, gguf=file)
         if "vllm" in args.parts and vllm.is_installed():
             with vllm_server(run) as url:

@@ -50,22 +50,11 @@ def merged(tmp_path_factory) -> Path:
     return folder / "merged"
 
 
-@contextmanager
-def llama_server(file: Path) -> Iterator[str]:
-    """The address of llama.cpp's server with this file."""
-    import xllamacpp
-
-    given = xllamacpp.CommonParams()
-    given.model.path, given.n_ctx, given.port, given.hostnames = str(file), 512, 0, ["127.0.0.1"]
-    given.n_parallel, given.warmup, given.verbosity, given.cpuparams.n_threads = 1, False, -1, 1
-    server = xllamacpp.Server(given)
-    yield server.listening_address
-    del server
-
-
 def verdict(artefact: Path, file: Path) -> tuple[dict[str, Any], str]:
     """The checks of a server with `file` where `artefact` is expected, and what was reported."""
-    with llama_server(file) as url:
+    import gguf_files
+
+    with gguf_files.llama_server(file) as url:
         try:
             served.serve_test(url, quiet, gguf=artefact)
             message = ""
@@ -101,7 +90,9 @@ def test_llama_cpp_serves_what_was_trained(merged, whole):
 
 def third_token(file: Path) -> int:
     """Returns a token that the model writes within an answer."""
-    with llama_server(file) as url:
+    import gguf_files
+
+    with gguf_files.llama_server(file) as url:
         reply = endpoint.Endpoint(url).answer([{"role": "user", "content": ROWS[0]["prompt"]}], 8)
     assert reply.ids is not None
     return reply.ids[2]

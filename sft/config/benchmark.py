@@ -71,13 +71,12 @@ class Benchmark(Section):
     system_instruction: Text | None = None
     """System prompt. null: none."""
     gen_kwargs: dict[str, Any] | Text | None = None
-    """Settings of generation that replace those of the tasks: `until`, `max_gen_toks`,
-    `do_sample`, `temperature`, `top_p`, `top_k`. A mapping, or `temperature=0.7,top_p=0.9`."""
+    """Replace those of the tasks: `until`, `max_gen_toks`, `do_sample`, `temperature`, `top_p`,
+    `top_k`."""
     seed: Seed | None = None
     """Draws solved examples and sampled answers. null: lm-eval's own, 0 and 1234."""
     bootstrap_iters: CountOrZero = 1000
-    """Resamples for intervals of metrics that are no mean and no perplexity (`f1`, `mcc`, `bleu`).
-    0: no intervals of these, and no standard errors in results.json."""
+    """Resamples for intervals of `f1`, `mcc`, `bleu`. 0: none, and no standard errors."""
     log_samples: bool = True
     """Write prompts and answers into predictions.jsonl. false: only scores."""
     confirm_run_unsafe_code: bool = False

@@ -1,9 +1,10 @@
-"""Writes a Llama of this project's tests as a GGUF file, whole or with one planted fault."""
+"""GGUF files of this project's tests, whole or with one planted fault, and llama.cpp's server."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +94,16 @@ def _add_vocabulary(
         writer.add_bos_token_id(metadata["bos"])
         writer.add_add_bos_token(True)
     writer.add_chat_template(metadata.get("template", tokenizer.chat_template))
+
+
+@contextmanager
+def llama_server(file: Path) -> Iterator[str]:
+    """The address of llama.cpp's server with this file."""
+    import xllamacpp
+
+    given = xllamacpp.CommonParams()
+    given.model.path, given.n_ctx, given.port, given.hostnames = str(file), 512, 0, ["127.0.0.1"]
+    given.n_parallel, given.warmup, given.verbosity, given.cpuparams.n_threads = 1, False, -1, 1
+    server = xllamacpp.Server(given)
+    yield server.listening_address
+    del server
